@@ -21,8 +21,7 @@ from lesson.experiments.common import as_command, describe_seeds, experiment, pa
 from lesson.experiments.sweep import ALL, finetune
 from lesson.figures import name_line
 
-Runs = dict[str, tuple[str, dict[str, Any]]]  # a run's name: the run's method and options
-RUNS: Runs = {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # the method and options of each run
     "c_attn, r = 8": ("lora", {"lr": 8e-3}),
     "r = 1": ("lora", {"r": 1, "lr": 8e-3, "target_modules": ALL}),
     "r = 1, half the rate": ("lora", {"r": 1, "lr": 4e-3, "target_modules": ALL}),
@@ -31,6 +30,7 @@ RUNS: Runs = {
     "r = 64": ("lora", {"r": 64, "lr": 8e-3, "target_modules": ALL}),
     "r = 64, half the rate": ("lora", {"r": 64, "lr": 4e-3, "target_modules": ALL}),
     "full": ("full", {"lr": 1e-3}),
+    "full, half the rate": ("full", {"lr": 5e-4}),
     "full, an eighth of the rate": ("full", {"lr": 1.25e-4}),
 }
 
@@ -43,15 +43,11 @@ PARTS = (  # without any intruder, rank 1 would be far outside the panel
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    return measured(RUNS, args)
-
-
-def measured(runs: Runs, args: argparse.Namespace) -> dict[str, Any]:
     """Return by run and seed the number of intruders, and [perplexity, KL], also for each factor
     that scales the intruders or the whole change.
     """
     data = {}
-    for name, (method, options) in runs.items():
+    for name, (method, options) in RUNS.items():
         found = finetune(method, args.seeds, args.short, taken_apart(args.short), **options)
         for run in found:
             run["intruders"] = sum(layer["intruders"] for layer in run["layers"])

@@ -84,7 +84,7 @@ def intruders() -> Iterator[str]:
         "| the whole change x 0.9: perplexity, KL |"
     )
     yield "|---|---:|---|---|---:|---|"
-    found = results("intruders") | results("best_full_rate")
+    found = results("intruders")
     for name, label in RUNS.items():
         seeds = found[name]
         counts = ", ".join(str(seed["intruders"]) for seed in seeds)
