@@ -1,12 +1,14 @@
 """Rates on SmolLM2-135M-Instruct: `python -m lesson.experiments.other_model`
 
-Varied: the peak learning rate of `make example`: half, once and twice the default, and on until
-the best rate lies between two others. On the book also the format of the base: fp32 or NF4.
+Varied: the peak learning rate of `make example`: the rate that its search finds, half and twice
+this rate, and on until the best rate lies between two others. On the book also the format of the
+base: fp32 or NF4.
 Fixed: 40 steps of 8 windows of 128 tokens or 8 conversations, LoRA of rank 8 and alpha 16 on all
 linear layers, dropout 0.05, and the precision that the command chooses on this CPU.
 Measured: the perplexity on the validation part before training and after every 10 steps, the
 perplexity of the saved adapter in stock PEFT on the unquantised base, and the peak memory of the
-process. Seed 0 at all rates, and all seeds at the best rate. Without options, also samples.
+process. All seeds at the rates that they find, and seed 0 at other rates. With seed 0, also
+samples at the rate found.
 
 `make example` installs the weights. Results are kept in runs/experiments. A run with a known result
 is not repeated.
@@ -23,7 +25,7 @@ from lesson.examples import any_model
 from lesson.experiments import sweep
 from lesson.experiments.common import as_command, experiment, settings, spread
 from lesson.experiments.quantised_memory import apart
-from lesson.experiments.sweep import best_rate, search_with_first_seed
+from lesson.experiments.sweep import search
 from training.options import ROOT
 
 MODEL: str | None = None  # SmolLM2
@@ -72,27 +74,27 @@ def score(result: dict[str, Any]) -> float:
     return min(result["trained"])
 
 
-def rates(task: str, seeds: Sequence[int], short: bool) -> dict[float, list[dict[str, Any]]]:
-    """Return the results by rate: with seed 0 at all rates, and with all seeds at the best."""
-    default = run(task, short=short, sampled=True)
-    rate = default["lr"]
+def rates(task: str, seeds: Sequence[int], short: bool) -> dict[str, Any]:
+    """Return a run for each seed at the rate that it finds, and runs at other rates (seed 0)."""
+    searched = [run(task, seed=seed, short=short, sampled=seed == 0) for seed in seeds]
+    rate = searched[0]["lr"]
 
-    def at(lr: float, some: Sequence[int]) -> list[dict[str, Any]]:
-        options = ("--lr", f"{lr:g}")
-        return [default if (lr, s) == (rate, 0) else run(task, *options, seed=s) for s in some]
+    def at(lr: float, _: Sequence[int]) -> list[dict[str, Any]]:
+        return searched[:1] if lr == rate else [run(task, "--lr", f"{lr:g}")]
 
-    found = search_with_first_seed(at, rate, seeds, score, short)
-    best = best_rate(found, score)
-    print(f"{task}: {spread(list(map(score, found[best])))} at {best:g}, default {rate:g}")
-    return found
+    ladder = search(at, rate, seeds[:1], score, short)
+    found = ", ".join(f"{result['lr']:g}" for result in searched)
+    print(f"{task}: {spread(list(map(score, searched)))} at {found}")
+    return {
+        "searched": searched,
+        "other rates": {lr: x for lr, [x] in ladder.items() if lr != rate},
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the results by choice and rate."""
+    """Return the results by task."""
     data: dict[str, Any] = {task: rates(task, args.seeds, args.short) for task in TASKS}
-    quantised = run("book", "--quantise", "nf4", short=args.short)
-    data["book, NF4"] = {quantised["lr"]: [quantised]}
-    return data
+    return data | {"book, NF4": run("book", "--quantise", "nf4", short=args.short)}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

@@ -89,16 +89,14 @@ def other_model() -> Iterator[str]:
     yield "|---|---:|---:|"
     found = results("other_model")
     for text, name in names.items():
-        low, default, high = found[text]
-        yield f"| {name}: the base | | {found[text][low][0]['base']:.1f} |"
-        for label, lr in (
-            ("half the default rate", low),
-            ("the default rate, three seeds", default),
-            ("twice the default rate", high),
-        ):
-            yield f"| {label} | {rate(lr, 3)} | {spread(least(found[text][lr]))} |"
-    [(lr, seeds)] = found["book, NF4"].items()
-    yield f"| the default rate, base in NF4 | {rate(lr, 3)} | {spread(least(seeds))} |"
+        searched = found[text]["searched"]
+        yield f"| {name}: the base | | {searched[0]['base']:.1f} |"
+        lrs = ", ".join(rate(seed["lr"]) for seed in searched)
+        yield f"| the rates found, {len(searched)} seeds | {lrs} | {spread(least(searched))} |"
+        for lr, result in found[text]["other rates"].items():
+            yield f"| another rate, seed 0 | {rate(lr)} | {spread(least([result]))} |"
+    nf4 = found["book, NF4"]
+    yield f"| the rate found, base in NF4, seed 0 | {rate(nf4['lr'])} | {spread(least([nf4]))} |"
 
 
 def least(seeds: list[Any]) -> list[float]:
