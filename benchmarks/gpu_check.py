@@ -61,7 +61,7 @@ def agree(limit: float, name: str, other: str) -> None:
     """Raise ValueError if a loss of the other run differs by more than `limit`, relatively."""
     pairs = zip(losses(name), losses(other), strict=True)
     worst = max(abs(there / here - 1) for here, there in pairs)
-    if worst > limit:
+    if not worst <= limit:  # NaN too
         raise ValueError(f"a loss of {other} differs from {name} by {worst:.2g}")
 
 
