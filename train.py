@@ -71,7 +71,7 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[Tensor, Tenso
     total_loss = torch.zeros((), device=device.torch_device)
     for inputs, targets in batch.micro_batches:
         with device.autocast():
-            # GPT2.loss. With --kernels fast, model/kernels/loss.py computes the cross entropy.
+            # GPT2.loss. With --kernels fast, model/kernels/ computes the cross entropy.
             loss = trainer.loss(device.to_device(inputs), device.to_device(targets))
         # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
         # the gradients of all micro-batches on all processes add up to the gradient of the mean

@@ -28,8 +28,8 @@ class Device:
 
     The precision has three effects:
 
-    - `autocast` runs the matmuls of each forward pass in it, also the matmuls with A and B. The
-      loss in model/kernels and `GPT2.embed` ask autocast for its dtype.
+    - `autocast` runs the matmuls of each forward and backward pass in it, also those with A and
+      B. The loss in model/kernels and `GPT2.embed` ask autocast for its dtype.
     - A frozen base is loaded with its linear layers and embeddings in `dtype`, because autocast
       would otherwise cast them in each step (`load_base` in training/model.py).
     - In fp16, `grad_scaler` scales the loss, so that small gradients do not underflow.
@@ -195,7 +195,7 @@ def tune_process(device: Device) -> None:
     """Configure the memory allocator, the attention kernel and fp32 matmuls of the process."""
     # By default, glibc returns large blocks to the kernel, and a new block costs a page fault per
     # 4 KiB (mallopt(3)). Full fine-tuning would lose the most time, because each step allocates new
-    # gradients. With a GPU, the process would keep the memory in which it loaded the base.
+    # gradients. With a GPU, the process would keep the memory that loading the base took.
     if sys.platform == "linux" and device.torch_device.type == "cpu":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # also take large blocks from the heap

@@ -30,7 +30,7 @@ from data.json_lines import read_lines, refuse_unknown
 from data.questions import question
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
-from data.windows import MOST_HELD_OUT, InputsAndTargets, held_out, shuffled
+from data.windows import MOST_HELD_OUT, InputsAndTargets, shuffled, split_off
 from model.gpt2 import IGNORE_INDEX
 
 Turn = tuple[str, str]  # a name, such as "User", and a text
@@ -96,8 +96,8 @@ class Instructions:
         return sum(int(row[2][row[1] != IGNORE_INDEX].sum()) for row in self.rows)
 
     def hold_out(self) -> tuple["Instructions", "Instructions"]:
-        first, last = held_out(len(self), 1, MOST_HELD_OUT)
-        return Instructions(self.rows[first]), Instructions(self.rows[last])
+        rows, held_out = split_off(self.rows, 1, MOST_HELD_OUT)
+        return Instructions(rows), Instructions(held_out)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)

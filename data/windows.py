@@ -70,14 +70,14 @@ def split(items: Any, val_fraction: float) -> tuple:
     return items[:cut], items[cut:]
 
 
-def held_out(count: int, least: int, most: int) -> tuple[slice, slice]:
-    """Return two slices of `count` items: all without the last tenth, and the last tenth, of which
-    at most the last `most` items. If a part would have fewer than `least` items, both are all.
+def split_off(items: Any, least: int, most: int) -> tuple:
+    """Return the items without their last tenth, and the last tenth, cut to its last `most` items.
+    If a part would have fewer than `least` items, both parts are all items.
     """
-    cut = count - int(count * HELD_OUT)
-    if min(cut, count - cut) < least:
-        return slice(count), slice(count)
-    return slice(cut), slice(max(cut, count - most), count)
+    first, last = split(items, HELD_OUT)
+    if min(len(first), len(last)) < least:
+        return items, items
+    return first, last[-most:]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -132,14 +132,12 @@ class Windows:
         return int(self.byte_counts[self.label_shift :].sum(dtype=np.int64))
 
     def hold_out(self) -> tuple["Windows", "Windows"]:
-        one = self.block_size + self.label_shift  # tokens of a window and its targets
-        first, last = held_out(len(self.tokens), one, MOST_HELD_OUT * self.block_size)
-        return self._part(first, self.stride), self._part(last, self.block_size)
-
-    def _part(self, part: slice, stride: int) -> "Windows":
-        assert self.byte_counts is not None
-        tokens = self.tokens[part]
-        return replace(self, tokens=tokens, stride=stride, byte_counts=self.byte_counts[part])
+        block = self.block_size
+        sizes = (block + self.label_shift, MOST_HELD_OUT * block)  # tokens: at least one window
+        ids, last_ids = split_off(self.tokens, *sizes)
+        counts, last_counts = split_off(self.byte_counts, *sizes)
+        training = replace(self, tokens=ids, byte_counts=counts)
+        return training, replace(self, tokens=last_ids, byte_counts=last_counts, stride=block)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)

@@ -70,9 +70,7 @@ def load_gpt2(
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
         if quantise and isinstance(module, nn.Linear) and part == "bias":  # read after weight
-            quantised = quantise(module)
-            quantised.bias = nn.Parameter(value.to(dtype))
-            model.set_submodule(place, quantised)
+            model.set_submodule(place, quantise(module).to(dtype))  # casts only the bias
     return model
 
 

@@ -37,9 +37,9 @@ def load_model(plan: Plan) -> GPT2:
 
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
-    """Load the base on the device. For LoRA, matrices are in the run's precision. For full
-    fine-tuning, all weights are in fp32. Full fine-tuning of a base without a weights file starts
-    from random weights.
+    """Load the base on the device. For LoRA, linear layers and embeddings are in the run's
+    precision. For full fine-tuning, all weights are in fp32. Full fine-tuning of a base without a
+    weights file starts from random weights.
 
     Seed torch with `options.seed`, which determines the initial A and the dropout masks.
     """

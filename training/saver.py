@@ -39,7 +39,6 @@ class Saver:
     def __init__(self, plan: Plan, stateful: Mapping[str, Any]):
         self.plan = plan
         self.out = plan.options.out
-        self.identity = plan.identity
         self.processes = plan.processes
         self.device = plan.device
         self.directory: RunDirectory | None = None
@@ -102,7 +101,7 @@ class Saver:
     def save(self, step: int) -> None:
         generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
         state: dict[str, Any] = {
-            "run": asdict(self.identity),
+            "run": asdict(self.plan.identity),
             "machine": self._machine(),
             "cost": self.cost(),
             "random": self.processes.gather(generator_state),
@@ -119,7 +118,7 @@ class Saver:
         """Restore the last checkpoint. Raises UserError for a checkpoint of another run."""
         state = self.processes.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
-            refuse_another_run(self.out / CHECKPOINT, state["run"], self.identity)
+            refuse_another_run(self.out / CHECKPOINT, state["run"], self.plan.identity)
             for name, stateful in self.stateful.items():
                 stateful.load_state_dict(state[name])
             self.began_at -= state["cost"]["seconds"]

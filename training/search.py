@@ -20,7 +20,8 @@ def short_run_data(plan: Plan) -> tuple[list[Batch], Dataset]:
     size = plan.options.batch_size
     order = data.epoch_order(plan.options.seed, 0)
     order = short_order(order, steps * size, plan.passes)
-    return [plan.batch(order[i : i + size], data) for i in range(0, len(order), size)], held_out
+    batches = [plan.batch(order[i : i + size], data) for i in range(0, len(order), size)]
+    return batches, held_out
 
 
 def short_order(order: np.ndarray, count: int, passes: float) -> np.ndarray:
