@@ -97,9 +97,8 @@ def test_quantise_refuses_a_layer_whose_hook_would_be_lost():
 
 
 def test_nf4_without_its_levels_is_refused():
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(64, 64))
-        quantise(model, "nf4")
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"))
+    quantise(model, "nf4")
     real = nn.Sequential(nn.Linear(64, 64))
     quantise(real, "nf4")
     model.load_state_dict(real.state_dict(), assign=True)
