@@ -22,7 +22,7 @@ def readme() -> Iterator[str]:
         and all(row["best"] < row.get("reference", math.inf) for row in rows(text))
         for text in results("texts").values()
     )
-    yield f"a lower perplexity than these settings on [each of {lower} texts]"
+    yield f"a lower perplexity than the default settings on [each of {lower} texts]"
 
 
 def experiments() -> Iterator[str]:
