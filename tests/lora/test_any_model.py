@@ -117,6 +117,7 @@ def second_block(*pattern: str) -> dict:
         ("qwen", ["k_proj", "up_proj"], second_block("(h|layers)"), 2),
         ("qwen", ["k_proj", "up_proj", "q_proj"], PATTERNS, 6),
         ("t5", ["q", "wi_0"], second_block("layer", "layers"), 4),
+        ("t5", ["q"], second_block("(block|layer)"), 3),  # block.1, because block is first
         ("vit", ["attention.q_proj"], {"layers_to_transform": [1]}, 1),
         ("t5", ["q"], {"layers_to_transform": [1]}, 3),  # block.1, whatever the layer in it
     ],
