@@ -35,7 +35,7 @@ def experiments() -> Iterator[str]:
     yield f"it ends at most {worst:.1f} % above the best of a ladder of fixed rates"
     count = sum(len(rows(text)) for text in texts.values())
     yield f"of the {count} results of `best` are more than"
-    yield f"Over three seeds, these are {above_the_ladder()} above it."
+    yield f"the means over three seeds are {above_the_ladder()} above the ladder."
     means = [mean(found) for found in results("regularisation").values()]
     yield f"are between {min(means):.1f} and {max(means):.1f}"
 
