@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on a book or on conversations: `python train.py lora` or `full`.
 
-LoRA and full fine-tuning share one loop, and differ only in the parameters to train and save.
+LoRA and full fine-tuning share one loop, but train and save other parameters.
 """
 
 import math
@@ -26,9 +26,9 @@ from training.trainer import Trainer, trainer_for
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(__doc__, argv)
-    with launch(options) as (device, processes):
+    with launch(options) as (device, processes):  # `Device` lists the effects of --precision
         plan = make_plan(options, device, processes)
-        if is_finished(plan):  # also refuses to overwrite files in --out
+        if is_finished(plan):  # also refuses an --out that must not be written
             return
         model = load_model(plan)  # for LoRA, a frozen base with A and B
         print(describe_parameters(model))
@@ -71,7 +71,7 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[Tensor, Tenso
     total_loss = torch.zeros((), device=device.torch_device)
     for inputs, targets in batch.micro_batches:
         with device.autocast():
-            # GPT2.loss. With --kernels fast, model/kernels/ computes the cross entropy.
+            # FastGPT2.loss in model/kernels/fast.py. With --kernels plain, GPT2.loss.
             loss = trainer.loss(device.to_device(inputs), device.to_device(targets))
         # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
         # the gradients of all micro-batches on all processes add up to the gradient of the mean

@@ -173,7 +173,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
-        losses.append(mean_loss(model, *windows.batch(batch), opts.device))
+        losses.append(mean_loss(model, *windows.inputs_and_targets(batch), opts.device))
     loss = float(np.mean(losses))
 
     next_token = ours.evaluate(model, windows, opts.device, BLOCK)

@@ -124,7 +124,7 @@ def their_side(task: Task, device: torch.device) -> tuple[nn.Module, Step]:
     def step() -> float:
         i = next(numbers)
         batch = order[i * task.batch_size : (i + 1) * task.batch_size]
-        inputs, targets = windows.batch(batch)  # (B, T) each
+        inputs, targets = windows.inputs_and_targets(batch)  # (B, T) each
         lr = peft_loop.learning_rate(i, task.all_steps, options)
         return train_on(inputs.to(device), targets.to(device), lr)
 

@@ -71,7 +71,7 @@ class Instructions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: np.ndarray) -> InputsAndTargets:
+    def inputs_and_targets(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each. T is the length of the longest example.
 
         Shorter examples are padded on the right. The padding is not scored, and no token of an
@@ -104,7 +104,7 @@ class Instructions:
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         for start in range(0, len(self), batch_size):
-            yield self.batch(np.arange(start, min(start + batch_size, len(self))))
+            yield self.inputs_and_targets(np.arange(start, min(start + batch_size, len(self))))
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:

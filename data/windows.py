@@ -21,7 +21,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray) -> InputsAndTargets:
+    def inputs_and_targets(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets of the items (windows or examples) with these indices (B,)."""
 
     def num_tokens(self, indices: np.ndarray) -> int:
@@ -61,7 +61,7 @@ def batches(data: Dataset, size: int, epochs: int = 1, seed: int = 0) -> Iterato
         order = data.epoch_order(seed, epoch)
         for start in range(0, len(order), size):
             indices = order[start : start + size]
-            yield Batch([data.batch(indices)], data.num_tokens(indices))
+            yield Batch([data.inputs_and_targets(indices)], data.num_tokens(indices))
 
 
 def split(items: Any, val_fraction: float) -> tuple:
@@ -110,7 +110,7 @@ class Windows:
         last_start = len(self.tokens) - self.block_size - self.label_shift
         return max(0, last_start // self.stride + 1)
 
-    def batch(self, indices: np.ndarray) -> InputsAndTargets:
+    def inputs_and_targets(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
         starts = np.asarray(indices) * self.stride  # (B,)
         positions = starts[:, None] + np.arange(self.block_size)  # (B, T), in the text

@@ -70,7 +70,7 @@ def load_gpt2(
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
         if quantise and isinstance(module, nn.Linear) and part == "bias":  # read after weight
-            model.set_submodule(place, quantise(module).to(dtype))  # casts only the bias
+            model.set_submodule(place, quantise(module).to(dtype))  # W is in codes: casts the bias
     return model
 
 

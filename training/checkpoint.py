@@ -29,7 +29,7 @@ def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Save `state` as the newest checkpoint. Rename the old checkpoint to `PREVIOUS`.
 
     From the first save on, at least one of the two files is complete at every moment. Raises
-    TypeError for a state that would not come back as it is: see `_take_tensors`.
+    TypeError for a state that cannot be stored: see `_take_tensors`.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))

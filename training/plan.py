@@ -2,24 +2,26 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from adapters.quantisation import choose_quantisation
 from common.device import Device
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from common.processes import Processes
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import load_books
 from data.windows import Batch, Dataset, Windows, check_block_size, split
+from lora.load import load_adapter_config
+from storage.hf_compat import portable_name
 from storage.hub import find_base
 from storage.weights import load_config
 from training.identity import RunIdentity, run_identity
-from training.options import Options
-from training.recipe import fill_in
+from training.options import LORA_FIELDS, Options
 
 
 class Data(NamedTuple):
@@ -58,7 +60,10 @@ class Plan:
         """Return this process's share of the windows with these indices (B,)."""
         mine = np.array_split(indices, self.processes.count)[self.processes.number]
         size = self.micro_batch_size
-        rows = [data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
+        rows = [
+            data.inputs_and_targets(mine[start : start + size])
+            for start in range(0, len(mine), size)
+        ]
         return Batch(rows, data.num_tokens(indices))
 
     @property
@@ -107,6 +112,21 @@ def make_plan(options: Options, device: Device, processes: Processes) -> Plan:
         total_steps,
         micro_batch_size=math.ceil(share / options.grad_accum),
     )
+
+
+def fill_in(options: Options, base: str, device: Device) -> Options:
+    """Return the options with the values that come from the base, the device and
+    `--init-adapter`."""
+    filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
+    adapters = []
+    if options.init_adapter:
+        adapters.append(options.init_adapter)
+        with as_failure():
+            stored = load_adapter_config(options.init_adapter)
+        filled |= {name: getattr(stored, name) for name in LORA_FIELDS}
+    if options.method == "lora":
+        filled["quantise"] = choose_quantisation(options.quantise, adapters)
+    return replace(options, **filled)
 
 
 def load_data(options: Options, directory: Path) -> Data:

@@ -191,7 +191,7 @@ class Run:
         """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`."""
         options = self.plan.options
         if options.resume and self.saver.can_resume():
-            self.saver.restore()
+            self.saver.restore()  # also sets self.step: see `_stateful`
             if math.isfinite(self.best_val_loss):
                 self.saver.require_best()
             print(f"resuming after step {self.step} of {self.plan.total_steps}")
@@ -222,7 +222,7 @@ class Run:
 
 @contextmanager
 def open_run(plan: Plan, trainer: Trainer) -> Iterator[Run]:
-    """Lock `--out`, and yield the run: resumed from a checkpoint, or new in an empty directory.
+    """Lock `--out`, and yield the run: resumed, or new, without the files of an older run.
 
     If the run fails, the message names the last checkpoint. Raises UserError if another process is
     training in `--out`.

@@ -28,7 +28,8 @@ class Saver:
     """Write the files of a run in `--out`, and restore the run from its last checkpoint.
 
     A checkpoint contains the state of the `stateful` objects, which have `state_dict()` and
-    `load_state_dict()`. It also contains the identity of the run, the random generators of all
+    `load_state_dict()`: the trained parameters, AdamW, the scaler, the run's counts and its meter.
+    It also contains the identity of the run, the random generators of all
     processes, the time, the peak memory, properties of the machine, and the length of
     metrics.jsonl, so that later lines are cut. The order of the windows and the learning rate
     follow from the step.
@@ -43,7 +44,7 @@ class Saver:
         self.device = plan.device
         self.directory: RunDirectory | None = None
         self.stateful = stateful
-        self.step: int | None = None  # of the last checkpoint
+        self.saved_step: int | None = None  # of the last checkpoint
         self.began_at = time.perf_counter()
         self.saved_at = self.began_at
         self.peak_memory_mb = 0.0
@@ -76,9 +77,9 @@ class Saver:
         return time.perf_counter() - self.saved_at
 
     def describe(self) -> str:
-        if self.step is None:
+        if self.saved_step is None:
             return "there is no checkpoint yet"
-        return f"the last checkpoint is from step {self.step}"
+        return f"the last checkpoint is from step {self.saved_step}"
 
     def save_best(self, model: GPT2) -> None:
         """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
@@ -111,7 +112,7 @@ class Saver:
         if self.directory:
             state["metrics_bytes"] = self.directory.sync()
             write_checkpoint(self.out, state)
-        self.step = step
+        self.saved_step = step
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
@@ -123,7 +124,7 @@ class Saver:
                 stateful.load_state_dict(state[name])
             self.began_at -= state["cost"]["seconds"]
             self.peak_memory_mb = state["cost"]["peak_memory_mb"]
-            self.step = state["progress"]["step"]
+            self.saved_step = state["progress"]["step"]
             metrics_bytes = state["metrics_bytes"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if describe_failure(error):  # out of memory
@@ -144,8 +145,8 @@ class Saver:
         what = "the dropout masks and the last bits" if draws_anew else "the last bits"
         for name in changed if self.directory else ():
             print(
-                f"warning: the run began with {name} {then[name]} and resumes with {now[name]}: "
-                f"the result may differ in {what} from an uninterrupted run",
+                f"warning: the checkpoint was saved with {name} {then[name]}, and the run resumes "
+                f"with {now[name]}: the result may differ in {what} from an uninterrupted run",
                 file=sys.stderr,
             )
         if not draws_anew:

@@ -162,7 +162,7 @@ def train(model, task: Task, peak: float, device: Device, args: argparse.Namespa
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, peak, warmup_ratio=0.06)
-        batch = training.batch(order[BATCH * step : BATCH * (step + 1)])
+        batch = training.inputs_and_targets(order[BATCH * step : BATCH * (step + 1)])
         mean = loss(model.train(), *batch, device)
         optimizer.zero_grad()
         mean.backward()

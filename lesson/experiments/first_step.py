@@ -76,7 +76,7 @@ def full_gain(model: GPT2, ids: Tensor) -> float:
 def mini_and_windows() -> tuple[GPT2, Tensor]:
     """Return mini and 4 windows of the book, (4, 129)."""
     data = trainer(stride=128).data.training
-    inputs, targets = data.batch(data.epoch_order(0, 0)[:4])  # (4, 128) each
+    inputs, targets = data.inputs_and_targets(data.epoch_order(0, 0)[:4])  # (4, 128) each
     return load_gpt2(MINI), torch.cat((inputs, targets[:, -1:]), dim=1)
 
 

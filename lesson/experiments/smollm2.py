@@ -148,7 +148,7 @@ def train(model: nn.Module, data: Any, lr: float, seed: int, count: int) -> None
     for step, indices in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches), lr, warmup_ratio=0.06)
-        inputs, targets = data.batch(indices)
+        inputs, targets = data.inputs_and_targets(indices)
         mean = loss(model.train(), inputs, targets, DEVICE)
         optimizer.zero_grad()
         mean.backward()

@@ -83,7 +83,7 @@ def perplexity(model):
     return math.exp(sum(losses) / (len(validation_part) - 1))  # its first token is not predicted
 
 
-inputs, targets = windows.batch(np.arange(1))
+inputs, targets = windows.inputs_and_targets(np.arange(1))
 for name, ids in (("read", inputs), ("predict", targets)):
     print(f"{name:8}", [tokenizer.decode([i]) for i in ids[0, :9]])
 base_perplexity = perplexity(base)
@@ -113,7 +113,7 @@ def train(model, lr, steps=STEPS):
     losses = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        loss = loss_on(model, windows.batch(batches[step]))
+        loss = loss_on(model, windows.inputs_and_targets(batches[step]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -254,7 +254,9 @@ print(f"trained: {trained_by_lora:,} numbers in place of {trained_by_full:,}")
 
 # %%
 with torch.no_grad():
-    base_losses = [loss_on(base, windows.batch(batch)).item() for batch in batches[: STEPS // 6]]
+    base_losses = [
+        loss_on(base, windows.inputs_and_targets(batch)).item() for batch in batches[: STEPS // 6]
+    ]
 
 zero_model, zero_layers = adapted()
 for layer in zero_layers.values():

@@ -1,8 +1,9 @@
 """The training loss and the token losses of a tied head on a CUDA GPU.
 
-This file differs from `model/kernels/loss.py` in two ways. First, rows of 0 extend the head to a
+This file differs from `model/kernels/loss.py` in three ways. First, rows of 0 extend the head to a
 multiple of 64 rows, because matmuls with an odd vocabulary such as GPT-2's 50,257 are slow. Second,
-fewer kernels run, because each kernel costs a launch and a pass over the logits.
+fewer kernels run, because each kernel costs a launch and a pass over the logits. Third, in low
+precision the logits stay in fp32, and the gradient of `hidden` is rounded.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W), where W is V rounded up to a
 multiple of 64.

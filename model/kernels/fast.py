@@ -7,7 +7,7 @@ buffers and names stay unchanged.
 | replaced | by | why |
 |---|---|---|
 | `nn.Dropout` on a CPU | one random word for four elements | drawing words is slow |
-| attention on a CPU | matmul, softmax, dropout | PyTorch's fused kernel has no dropout |
+| attention on a CPU | matmul, softmax, dropout | the fused kernel: no dropout, slow in bf16 |
 | the loss and the scores | logits in chunks | whole logits would take the most memory |
 
 On other devices and under torch.compile, dropout and attention are the operations of PyTorch that

@@ -39,7 +39,7 @@ def test_windows_are_those_of_a_plain_loop(length, block, stride, shift):
             )
     windows = Windows(np.array(tokens, dtype=np.uint16), block, stride, shift)
     assert len(windows) == len(expected)
-    inputs, targets = windows.batch(np.arange(len(windows))[::-1])
+    inputs, targets = windows.inputs_and_targets(np.arange(len(windows))[::-1])
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == targets.shape == (len(expected), block)
     assert list(zip(inputs.tolist(), targets.tolist(), strict=True)) == expected[::-1]

@@ -207,7 +207,10 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
 
     ending = run(main, *arguments("lora", base, book, as_killed, *DROPPING), "--resume")
     assert ending.status == 0 and "resuming after step 2" in ending.stdout
-    assert "warning: the run began with processes 2 and resumes with 1" in ending.stderr
+    assert (
+        "warning: the checkpoint was saved with processes 2, and the run resumes with 1"
+        in ending.stderr
+    )
     assert finished(as_killed).column("step") == list(range(1, 9))
 
 

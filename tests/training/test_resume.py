@@ -327,7 +327,7 @@ def test_another_machine_is_warned_of(stopped, monkeypatch):
     ending = run(main, *stopped, "--resume")
     assert ending.status == 0
     for change, line in zip(("torch", "threads"), ending.stderr.splitlines(), strict=True):
-        assert line.startswith(f"warning: the run began with {change} ")
+        assert line.startswith(f"warning: the checkpoint was saved with {change}")
 
 
 def test_a_resumed_run_that_fails_names_the_checkpoint_from_which_it_began(stopped):
