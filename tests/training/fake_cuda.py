@@ -307,7 +307,8 @@ def check_the_page(precision: str, base: str, adapter: str, book: str) -> None:
     settings = {"CUDA": True, "DEVICE": "cuda", "DTYPE": low, "BLOCK": 16, "BATCH": 64}
     settings |= {"BASE": base, "BOOK": Path(book), "OUT": Path(adapter), "R": 4, "EPOCHS": 1}
     settings["save_adapter"] = lambda _: None  # reads numbers
-    steps, reports = Watch(), Watch()
+    steps = Watch()
+    reports = Watch()
 
     def train(*given, train=one_page.train):
         with mock.patch.object(one_page, "evaluate", lambda *_: 1.0), steps:
