@@ -38,7 +38,6 @@ from benchmarks.ours import Steps, options
 from common.device import PRECISIONS, Device
 from common.errors import first_line
 from common.processes import Processes
-from data.tokenizer import load_tokenizer
 from evaluation.choices import score_choices
 from evaluation.scores import forgetting
 from lora import find_rate, merge, unmerge
@@ -302,27 +301,30 @@ def check_commands(precision: str, base: str, adapter: str, book: str) -> None:
     assert held == low, f"a base alone is held in {held}"
 
 
-def check_the_page(precision: str, base: str) -> None:
-    """Take the steps of the one page. Raise if one waits, or multiplies in another precision. Score
-    and draw too, which may wait."""
+def check_the_page(precision: str, base: str, adapter: str, book: str) -> None:
+    """Run the one page. Raise if a step waits, or if a part multiplies in another precision."""
     low = PRECISIONS[precision]
-    settings = {"CUDA": True, "DEVICE": "cuda", "DTYPE": low, "BLOCK": 16, "EPOCHS": 1}
+    settings = {"CUDA": True, "DEVICE": "cuda", "DTYPE": low, "BLOCK": 16, "BATCH": 64}
+    settings |= {"BASE": base, "BOOK": Path(book), "OUT": Path(adapter), "R": 4, "EPOCHS": 1}
     settings["save_adapter"] = lambda _: None  # reads numbers
-    with ExitStack() as stack:
-        for name, value in settings.items():
-            stack.enter_context(mock.patch.object(one_page, name, value))
-        with unset_fake_temporarily():
-            model = one_page.load_gpt2(Path(base))
-        model.to("cuda")
-        tokens = torch.zeros(1040, dtype=torch.int64, device="cuda")  # four steps
-        with Watch() as reporting:
-            one_page.report("base", model, tokens, load_tokenizer(Path(base), 317))
-        stack.enter_context(mock.patch.object(one_page, "evaluate", lambda *_: 1.0))
-        watch = stack.enter_context(Watch())
-        one_page.train(model, tokens, tokens)
-    assert watch.waits == ["_to_copy"], f"not only the epoch's order waits: {watch.waits}"
-    assert watch.factors == {low}, f"products of {watch.factors}"
-    assert low in reporting.factors, "the page scores in fp32"  # it draws in fp32
+    steps = Watch()
+    reports = Watch()
+
+    def train(*given, train=one_page.train):
+        with mock.patch.object(one_page, "evaluate", lambda *_: 1.0), steps:
+            train(*given)
+
+    def report(*given, report=one_page.report):
+        with reports:
+            report(*given)
+
+    settings |= {"train": train, "report": report}
+    settings |= {name: real(getattr(one_page, name)) for name in ("load_gpt2", "load_file")}
+    with mock.patch.multiple(one_page, **settings):
+        one_page.main()
+    assert steps.waits == ["_to_copy"], f"not only the epoch's order waits: {steps.waits}"
+    assert steps.factors == {low}, f"products of {steps.factors}"
+    assert low in reports.factors, "the page scores in fp32"  # it draws in fp32
 
 
 def main(base: str, adapter: str, book: str, data: str) -> None:
@@ -333,7 +335,7 @@ def main(base: str, adapter: str, book: str, data: str) -> None:
     checks = {command: (check, command, *inputs, data) for command in COMMANDS}
     for precision in ("bf16", "fp16"):
         checks[f"commands --precision {precision}"] = (check_commands, precision, *inputs)
-        checks[f"one_page.py --precision {precision}"] = (check_the_page, precision, base)
+        checks[f"one_page.py --precision {precision}"] = (check_the_page, precision, *inputs)
     for name, (call, *arguments) in checks.items():
         try:
             with on_fake_cuda(name.split()[2]), redirect_stdout(StringIO()):

@@ -24,7 +24,7 @@ from tests import runs
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
 from tests.processes import fork, torchrun
-from tests.runs import acting, arguments, finished, run, trained, trainer
+from tests.runs import acting, arguments, finished, run, run_acting, trained, trainer
 from train import main
 from training.options import parse_options
 from training.plan import make_plan
@@ -56,6 +56,16 @@ def test_a_micro_batch_is_a_share_of_the_process(base, book, tmp_path, alone):
     options = parse_options("-", arguments("lora", base, book, tmp_path / "out", *SAME))
     of_two = make_plan(options, Device.pick("cpu"), Processes(0, 2))
     assert of_two.micro_batch_size == 10  # 19 of the 37 windows, in two micro-batches
+
+
+def test_a_checkpoint_that_is_due_by_another_ranks_clock_is_saved(base, book, tmp_path):
+    """Saving gathers from every process, so a process that does not save would block the others."""
+    saved = []
+    look = {2: lambda moment: saved.append(moment.run.saver.step)}
+    argv = arguments("lora", base, book, tmp_path, "--max-steps", 2)
+    with mock.patch.object(Processes, "maximum", lambda self, *numbers: [1, *numbers[1:]]):
+        assert run_acting(look, *argv).status == 0
+    assert saved == [1]
 
 
 def name_threads() -> None:
