@@ -61,7 +61,7 @@ def test_a_micro_batch_is_a_share_of_the_process(base, book, tmp_path, alone):
 def test_a_checkpoint_that_is_due_by_another_ranks_clock_is_saved(base, book, tmp_path):
     """Saving gathers from every process, so a process that does not save would block the others."""
     saved = []
-    look = {2: lambda moment: saved.append(moment.run.saver.step)}
+    look = {2: lambda moment: saved.append(moment.run.saver.saved_step)}
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 2)
     with mock.patch.object(Processes, "maximum", lambda self, *numbers: [1, *numbers[1:]]):
         assert run_acting(look, *argv).status == 0
