@@ -78,7 +78,7 @@ def clipped_step(
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """11. Return the mean of -log p(target). `Windows.inputs_and_targets` made the targets. Repair."""
+    """11. Return the mean of -log p(target). `inputs_and_targets` shifts the targets. Repair."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 
