@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.speed import spread
 from lesson.experiments.rates import fit, vertex
 from lesson.experiments.texts import FITTED
 from lesson.tables.experiments import ladder
 from lesson.tables.others import least
-from lesson.tables.stored import at_best, results
+from lesson.tables.stored import at_best, benchmark, results
 
 
 def readme() -> Iterator[str]:
@@ -129,6 +130,9 @@ def variants() -> Iterator[str]:
     yield ("give {:.2f} for rsLoRA, {:.2f} for DoRA, {:.2f} for PiSSA and {:.2f} for LoRA+").format(
         *factors
     )
+    dora, plain = (benchmark("variants")["results"][name] for name in ("DoRA", "plain"))
+    yield f"takes {spread(dora['ratios'])} times as long"
+    yield f"keeps {dora['kept_mb']:.0f} instead of {plain['kept_mb']:.0f} MB"
 
 
 PARTS: dict[str, Callable[[], Iterator[str]]] = {
