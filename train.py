@@ -26,13 +26,13 @@ from training.trainer import Trainer, trainer_for
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(__doc__, argv)
-    with launch(options) as (device, processes):  # `Device` lists the effects of --precision
+    with launch(options) as (device, processes):  # --precision: see common/device.py
         plan = make_plan(options, device, processes)
         if is_finished(plan):  # also refuses an --out that must not be written
             return
         model = load_model(plan)  # for LoRA, a frozen base with A and B
         print(describe_parameters(model))
-        trainer = trainer_for(plan, model)  # the model with AdamW and a GradScaler
+        trainer = trainer_for(plan, model)  # with AdamW, device.grad_scaler()
         with open_run(plan, trainer) as run:  # resumes a run, or removes an older one
             train(plan, trainer, run)
 

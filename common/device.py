@@ -26,13 +26,14 @@ M_MMAP_MAX = -4
 class Device:
     """The device that a command computes on, and the precision of its matmuls.
 
-    The precision has three effects:
+    The precision has these effects:
 
     - `autocast` runs the matmuls of each forward and backward pass in it, also those with A and
       B. The loss in model/kernels, `GPT2.embed` and quantised layers ask autocast for its dtype.
     - A frozen base is loaded with its linear layers and embeddings in `dtype`, because autocast
       would otherwise cast them in each step (`load_base` in training/model.py).
-    - In fp16, `grad_scaler` scales the loss, so that small gradients do not underflow.
+    - In fp16, `grad_scaler` scales the loss, so that small gradients do not underflow, and skips
+      steps with gradients that overflow. In other precisions, they end the run (`Meter`).
 
     The trained parameters with their gradients, AdamW, the norms, the sums of the residual stream,
     and the loss with its softmax stay in fp32. The softmax of attention is in the precision, if

@@ -3,7 +3,7 @@
 Every process has the whole model. A process adds up the losses of its windows, divides the sum by
 the number of tokens in the whole batch, and computes the gradient. The sum of these gradients over
 all processes is the gradient of the whole batch. So the number of processes changes the speed, but
-not the result. Dropout is an exception, because each process draws separate masks.
+not the result, except for rounding, and for dropout, because each process draws separate masks.
 """
 
 import os

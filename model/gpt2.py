@@ -6,7 +6,8 @@ stores the projections as (in, out). Here the projections are `nn.Linear`s, (out
 
 Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs only PyTorch. `accelerate` in `model/kernels/fast.py` makes this model faster.
+This file needs only PyTorch. By default, `accelerate` in `model/kernels/fast.py` replaces `loss`,
+and on a CPU also dropout and `attend`, by faster operations.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """

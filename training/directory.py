@@ -53,7 +53,8 @@ def is_finished(plan: Plan) -> bool:
 
 def check_out(plan: Plan) -> bool:
     """Return whether --resume finds this run finished. Raises UserError if `--out` contains another
-    run, an input of this run, or other files with the names that a run writes.
+    run, an input of this run, or other files with the names that a run writes. But with --resume,
+    `Saver.restore` refuses another unfinished run.
     """
     options = plan.options
     refuse_used(options)

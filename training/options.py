@@ -163,7 +163,7 @@ class Options:
         42, number(int, 0, 2**63 - 1), "seed of initial weights, the order of windows, and dropout"
     )
     device: str = option(**DEVICE_OPTION, may_change=True)
-    precision: str = option(**PRECISION_OPTION)
+    precision: str = option(**PRECISION_OPTION)  # `Device.pick` resolves auto
     kernels: str = option(**KERNELS_OPTION)
     compile: bool = option(False, help="compile the model with torch.compile. Refused on a CPU")
     gradient_checkpointing: bool = option(

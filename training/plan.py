@@ -44,10 +44,10 @@ class Plan:
     processes: Processes
     steps_per_epoch: int
     total_steps: int
-    micro_batch_size: int  # windows in one forward pass of this process
+    micro_batch_size: int  # windows in one forward pass of this process, at most
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        """Yield the batch of each step from step `first` on. Each epoch has a different order."""
+        """Yield the batch of each step from `first` on. Seed and epoch decide the order."""
         size = self.options.batch_size
         order = np.empty(0, dtype=np.int64)
         for step in range(first, self.total_steps):

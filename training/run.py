@@ -72,7 +72,7 @@ class Run:
             "optimizer": self.trainer.optimizer,
             "scaler": self.trainer.scaler,
             "progress": self,
-            "meter": self.meter,
+            "meter": self.meter,  # sums since the last line, skipped steps
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,11 +28,11 @@ class Saver:
     """Write the files of a run in `--out`, and restore the run from its last checkpoint.
 
     A checkpoint contains the state of the `stateful` objects, which have `state_dict()` and
-    `load_state_dict()`: the trained parameters, AdamW, the scaler, the run's counts and its meter.
-    It also contains the identity of the run, the random generators of all
+    `load_state_dict()`: the trained parameters, AdamW, the scaler, the run's counts, its peak rate
+    and its meter. It also contains the identity of the run, the random generators of all
     processes, the time, the peak memory, properties of the machine, and the length of
-    metrics.jsonl, so that later lines are cut. The order of the windows and the learning rate
-    follow from the step.
+    metrics.jsonl, so that later lines are cut. The order of the windows follows from the seed and
+    the step, not from a generator. Frozen weights are loaded again.
 
     Only process 0 reads and writes files. In other processes, `directory` is None.
     """
@@ -100,6 +100,7 @@ class Saver:
         return {"seconds": seconds, "peak_memory_mb": self.peak_memory_mb}
 
     def save(self, step: int) -> None:
+        # The generator of torch on this device. Restoring it undoes the draws of `load_model`.
         generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
         state: dict[str, Any] = {
             "run": asdict(self.plan.identity),
