@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 class Tokens:
     """The token ids (N,) of a text, and the number of UTF-8 bytes that each token covers (N,)."""
 
-    ids: np.ndarray  # unsigned integers, as small as the vocabulary allows
+    ids: np.ndarray  # uint16 or, for a large vocabulary, uint32
     byte_counts: np.ndarray
 
     def __len__(self) -> int:

@@ -100,7 +100,7 @@ class Saver:
         return {"seconds": seconds, "peak_memory_mb": self.peak_memory_mb}
 
     def save(self, step: int) -> None:
-        # The generator of torch on this device. Restoring it undoes the draws of `load_model`.
+        # The generator of torch on this device. Restoring it undoes the seeding in `load_model`.
         generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
         state: dict[str, Any] = {
             "run": asdict(self.plan.identity),
@@ -117,7 +117,7 @@ class Saver:
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
-        """Restore the last checkpoint. Raises UserError for a checkpoint of another run."""
+        """Restore the last checkpoint that can be read. Raises UserError if another run wrote it."""
         state = self.processes.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
             refuse_another_run(self.out / CHECKPOINT, state["run"], self.plan.identity)
