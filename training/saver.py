@@ -117,7 +117,7 @@ class Saver:
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
-        """Restore the last checkpoint that can be read. Raises UserError if another run wrote it."""
+        """Restore the last readable checkpoint. Raises UserError if another run wrote it."""
         state = self.processes.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
             refuse_another_run(self.out / CHECKPOINT, state["run"], self.plan.identity)
