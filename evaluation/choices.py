@@ -76,9 +76,8 @@ def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tens
 
     The log p of a choice is the sum over its tokens, in fp64.
     """
-    inputs, targets = Instructions(task.rows).inputs_and_targets(
-        np.arange(len(task.rows))
-    )  # (choices, T)
+    all_rows = np.arange(len(task.rows))
+    inputs, targets = Instructions(task.rows).inputs_and_targets(all_rows)  # (choices, T)
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
     sums = -losses.cpu().double().sum(1)

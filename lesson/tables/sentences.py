@@ -23,15 +23,15 @@ def readme() -> Iterator[str]:
     yield f"({above_reference(three)} higher on the other)"
 
 
-def count_below(rows: list[dict[str, Any]]) -> int:
-    """Count the rows in which `best` has a lower perplexity than `reference`."""
-    return sum(row["best"] < row["reference"] for row in rows)
+def count_below(compared: list[dict[str, Any]]) -> int:
+    """Count the results where `best` has a lower perplexity than `reference`."""
+    return sum(row["best"] < row["reference"] for row in compared)
 
 
-def above_reference(rows: list[dict[str, Any]]) -> str:
-    """Print how far `best` is above `reference`, for each row where it is."""
-    found = [row["best"] / row["reference"] - 1 for row in rows if row["best"] >= row["reference"]]
-    return " and ".join(f"{100 * x:.1f} %" for x in found)
+def above_reference(compared: list[dict[str, Any]]) -> str:
+    """Print how far `best` is above `reference`, for each result where it is not below."""
+    ratios = [row["best"] / row["reference"] for row in compared]
+    return " and ".join(f"{100 * (x - 1):.1f} %" for x in ratios if x >= 1)
 
 
 def experiments() -> Iterator[str]:
