@@ -77,7 +77,8 @@ def advice(options: Options, report: Mapping[str, Any], losses: Sequence[float])
         saved = "the saved adapter changes nothing" if options.method == "lora" else "keep the base"
         line = f"no validation was better than the base, so {saved}; try {half}, or another text"
     elif losses[0] == best and len(losses) > 1:
-        line = f"the first validation was the best, so later epochs did not help; try {half}"
+        line = "the first validation was the best, so later steps did not help; try "
+        line += f"--epochs 1, or {half}" if options.epochs > 1 else half
     elif losses[-1] == best and len(losses) > 1:
         line = f"the last validation was the best, so the loss may fall further; try {twice}"
         line += ", or more --epochs"
