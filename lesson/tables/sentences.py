@@ -12,7 +12,10 @@ from lesson.experiments.rates import fit, vertex
 from lesson.experiments.texts import FITTED
 from lesson.tables.experiments import ladder
 from lesson.tables.others import least
-from lesson.tables.stored import at_best, benchmark, results
+from lesson.tables.stored import at_best, benchmark, gap, rate, results
+
+FULL_AT_AN_EIGHTH = "full, an eighth of the rate"
+PAIRS = (("full", "full"), ("LoRA", "full"), ("LoRA", "LoRA"))
 
 
 def readme() -> Iterator[str]:
@@ -41,6 +44,13 @@ def experiments() -> Iterator[str]:
     yield f"The rule misses the {misses()} at worst."
     texts = results("texts")
     worst = max(above(row) for name in texts.keys() - FITTED for row in rows(texts[name]))
+    best_rates = [
+        float(min(row["ladder"], key=row["ladder"].__getitem__))
+        for name in texts.keys() - FITTED
+        for row in rows(texts[name])
+    ]
+    low, high = min(best_rates), max(best_rates)
+    yield f"the best rate of the ladder is between {rate(low)} and {rate(high)}"
     yield f"it ends at most {worst:.1f} % above the lowest perplexity of a *ladder*"
     both = [row for text in texts.values() for row in rows(text) if "reference" in row]
     yield f"in {count_below(both)} of {len(both)} comparisons a lower one than `--recipe reference`"
@@ -50,6 +60,30 @@ def experiments() -> Iterator[str]:
     yield f"the means over three seeds are {above_the_ladder()} above the ladder."
     means = [mean(found) for found in results("regularisation").values()]
     yield f"are between {min(means):.1f} and {max(means):.1f}"
+    attention, full = results("learning_rate")["lora"], results("learning_rate")["full"]
+    kl = [mean(kl for _, kl in runs) for runs in (attention["0.003"], full["3e-05"])]
+    yield f"the KL is {kl[0]:.2f} against {kl[1]:.2f}"
+    growing = [*results("scaling").values()][1]
+    yield f"gives rank 64 a perplexity of {growing['64']['0.008'][0]:.0f}"
+    yield from frontier()
+
+
+def frontier() -> Iterator[str]:
+    gains, more_epochs, longest = [], [], []
+    for text in results("frontier").values():
+        rank_8 = {name: runs[0] for name, runs in text["LoRA, r = 8"].items()}
+        large = {n: rank_8[f"16 windows, {n} epochs"] for n in (1, 2, 3, 6)}
+        small = [(n, rank_8[f"{size} windows, {n} epochs"]) for size in (1, 2) for n in large]
+        gains += [large[n]["perplexity"] - run["perplexity"] for n, run in small]
+        longest.append(max(run["seconds"] / large[n]["seconds"] for n, run in small))
+        for size in (1, 2, 4):
+            two, three = (rank_8[f"{size} windows, {n} epochs"]["perplexity"] for n in (2, 3))
+            more_epochs.append(two - three)
+    yield f"has a perplexity {min(gains):.1f} to {max(gains):.1f} lower than with batches of 16"
+    book, examples = longest
+    yield f"to {book:.1f} times as long on the book, and up to {examples:.1f} times as long on the"
+    low, high = min(more_epochs), max(more_epochs)
+    yield f"three epochs give a perplexity {low:.1f} to {high:.1f} lower than two epochs"
 
 
 def rows(text: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,13 +125,39 @@ def misses() -> str:
 def findings() -> Iterator[str]:
     fixed, _, _, full = results("scaling").values()
     attention = vertex(results("targets")["c_attn: r = 20"]) / vertex(full)
-    yield f"In part: {vertex(fixed['1']) / vertex(full):.0f} to {attention:.0f} times with alpha 16"
+    rank_1 = vertex(fixed["1"]) / vertex(full)
+    times = f"n part: {rank_1:.0f} to {attention:.0f} times with alpha 16"
+    yield f"i{times}"
+    yield f"I{times}"
     yield f"the best rate {rises_and_falls(' but')}"
     by_size: dict[str, list[float]] = {}
     for name, run in results("rates").items():
         by_size.setdefault(name.rpartition(",")[0], []).append(vertex(run["runs"]))
     rises = [rates[-1] / rates[0] for rates in by_size.values() if len(rates) == 3]
     yield f"it rises by a factor of {min(rises):.1f} to {max(rises):.1f}"
+    tuned = results("methods")
+    lag = gap(tuned["the four layers' weights alone"], tuned["full: all weights"])
+    yield f"training all weights gives a loss {lag:.2f} nats lower"
+    runs = results("intruders")
+    kl = [runs[name][0]["scores"][1] for name in ("r = 8, half the rate", FULL_AT_AN_EIGHTH)]
+    yield f"LoRA forgets {kl[0] / kl[1]:.1f} times as much"
+    yield from amplification()
+    lora = results("smollm2")["LoRA"]
+    high, best = (lora[lr][0][0]["perplexity"] for lr in ("0.008", "0.004"))
+    yield f"gives a perplexity {high - best:.1f} higher than the best rate (rank 8, seed 0)"
+
+
+def amplification() -> Iterator[str]:
+    found = results("amplification")
+    ranges = {}
+    for rank in (1, 8):
+        factors = [run["amplification"] for runs in found[f"r = {rank}"].values() for run in runs]
+        ranges[rank] = min(factors), max(factors)
+    yield "is {:.0f} to {:.0f} at rank 1".format(*ranges[1])
+    yield "{:.1f} to {:.1f} at rank 8".format(*ranges[8])
+    layers = [layer for name, layer in found.items() if name != "full"]
+    own = [run["to its own"] for layer in layers for runs in layer.values() for run in runs]
+    yield f"it is at most {max(own):.2f} times as large as in the leading"
 
 
 def rises_and_falls(word: str) -> str:
@@ -135,11 +195,107 @@ def variants() -> Iterator[str]:
     yield f"keeps {dora['kept_mb']:.0f} instead of {plain['kept_mb']:.0f} MB"
 
 
+def lora_in_depth() -> Iterator[str]:
+    changes = results("spectrum")
+    attention, mlp = (changes[f"{name}: full"] for name in ("c_attn", "mlp.c_proj"))
+    shares = [100 * mean(seed[7] for seed in seeds) for seeds in (attention, mlp)]
+    yield f"contain {shares[0]:.0f} % of the squared norm for `c_attn`, and {shares[1]:.0f} % for"
+    overlaps = [mean(pair[7] for pair in changes[f"{a} and {b}"]) for a, b in PAIRS]
+    yield (
+        "is {:.2f} between two full fine-tunings, {:.2f} between LoRA and full fine-tuning, and "
+        "{:.2f} between two LoRA runs"
+    ).format(*overlaps)
+    merged = results("merge_error")
+    hundredth, thousandth = (merged["size"].index(size) for size in (0.01, 0.001))
+    fp16, bf16 = (merged[name]["error"] for name in ("fp16", "bf16"))
+    yield f"{100 * fp16[hundredth]:.0f} % of the update's norm in fp16 and "
+    yield f"and {100 * bf16[hundredth]:.0f} % in bf16. Also, "
+    yield f"Also, {100 * merged['bf16']['unmoved'][hundredth]:.0f} % of the bf16 weights"
+    yield f"is {100 * fp16[thousandth]:.0f} % in fp16 and {100 * bf16[thousandth]:.0f} % in bf16."
+    sizes = merged["adapter"]
+    yield f"the updates have {min(sizes):.2f} to {max(sizes):.2f} times the size"
+
+
+def qlora() -> Iterator[str]:
+    book = results("other_model")["book, NF4"]
+    yield f"on the NF4 base: the perplexity is {min(book['trained']):.1f}"
+    yield f"There, the perplexity is {book['in PEFT']:.1f}."
+    found = results("quantisation")
+    even = dict(zip(found["block sizes"], found["error by block size"]["even levels"], strict=True))
+    yield f"{100 * even[64]:.1f} % with blocks of 64 weights, and {100 * even[4096]:.1f} % with"
+    memory = results("quantised_memory")
+    nf4, int8, bf16, both = (
+        mean(memory[name]["seconds"]) for name in ("nf4", "int8", "bf16", "nf4, checkpointing")
+    )
+    yield f"took {nf4:.1f} CPU seconds with NF4, {int8:.1f} with int8 and {bf16:.1f} with bf16"
+    yield f"checkpointing, a step took {both:.1f} CPU seconds"
+    seeds = found["losses"]["nf4"]
+    moved = max(abs(run["into the original base"] - run["trained"]) for run in seeds)
+    yield f"the loss moves by {moved:.4f} nats at most"
+    yield f"costs {mean(run['into NF4 again'] - run['trained'] for run in seeds):.3f} nats"
+
+
+def real_weights() -> Iterator[str]:
+    found = results("other_model")["conversations"]
+    searched = found["searched"][0]
+    rates = {float(lr): min(run["trained"]) for lr, run in found["other rates"].items()}
+    half, twice = (rates[searched["lr"] * factor] for factor in (0.5, 2))
+    lower = 100 * (1 - half / min(searched["trained"]))
+    yield f"half of it lowers the perplexity by {lower:.0f} %, and twice this rate raises it by "
+    yield f"raises it by {100 * (twice / min(searched['trained']) - 1):.0f} % (seed 0)"
+
+
+def reference_run() -> Iterator[str]:
+    yield f"{100 * benchmark('reference-pseudo-latin')['seen_before']:.0f} % of its sequences of 16"
+    english = benchmark("reference-english")["here"]["lora"]["reference"]["perplexity"]
+    yield f"LoRA's perplexity is {english:.0f} (last row)"
+
+
+def training() -> Iterator[str]:
+    errors = []
+    for method in results("memory").values():
+        measured, counted = (sum(method[name].values()) for name in ("measured", "predicted"))
+        errors.append(100 * abs(counted / measured - 1))
+    yield f"The count is within {math.ceil(max(errors))} % of the measurement"
+
+
+def speed() -> Iterator[str]:
+    time = {name: sum(map(mean, parts.values())) for name, parts in results("step_time").items()}
+    counted, timed = (time[f"{kind}: LoRA"] / time[f"{kind}: full"] for kind in ("by hand", "fp32"))
+    yield f"the ratio is {counted:.2f} by count, but {timed:.2f} by time in fp32"
+    thin = mean(results("step_time")["fp32: LoRA"]["A and B"])
+    yield f"but {100 * thin:.0f} % of its time"
+    measured = benchmark("speed")["measurements"]
+    peaks = {side: peak_by_run(measured, side) for side in ("ours", "theirs")}
+    ratios = [peaks["ours"][run] / peak for run, peak in peaks["theirs"].items()]
+    yield f"LoRA needs {min(ratios):.2f} to {max(ratios):.2f} of PEFT's memory"
+
+
+def peak_by_run(measured: list[dict[str, Any]], side: str) -> dict[tuple[str, int], float]:
+    """Return the peak memory of LoRA, in MB, by precision and round."""
+    return {
+        (run["precision"], run["round"]): run["peak_mb"]
+        for run in measured
+        if run["method"] == "lora" and run["side"] == side
+    }
+
+
+def measures() -> Iterator[str]:
+    yield f"`mini` has a perplexity of {results('learning_rate')['base']:.1f}"
+
+
 PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
     "docs/experiments.md": experiments,
     "docs/findings.md": findings,
     "docs/lora.md": lora,
+    "docs/lora-in-depth.md": lora_in_depth,
+    "docs/measures.md": measures,
+    "docs/qlora.md": qlora,
+    "docs/real-weights.md": real_weights,
+    "docs/reference-run.md": reference_run,
+    "docs/speed.md": speed,
+    "docs/training.md": training,
     "docs/variants.md": variants,
 }
 
