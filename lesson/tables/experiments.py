@@ -159,6 +159,17 @@ def perplexity(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def rows_of_ways() -> list[dict[str, Any]]:
+    """Return the results on texts that were not fitted, with one and with three epochs."""
+    return [
+        row
+        for name, found in results("texts").items()
+        if name not in FITTED
+        for epochs, row in found.items()
+        if epochs in ("1", "3")
+    ]
+
+
 @table
 def ways() -> Iterator[str]:
     yield (
@@ -166,13 +177,7 @@ def ways() -> Iterator[str]:
         "| median |"
     )
     yield "|---|---|---:|---:|---:|"
-    rows = [
-        row
-        for name, found in results("texts").items()
-        if name not in FITTED
-        for epochs, row in found.items()
-        if epochs in ("1", "3")
-    ]
+    rows = rows_of_ways()
     for way, label, cost in (
         ("fixed", "4e-3", "none"),
         ("rule", "the rule, at most 8e-3", "none"),

@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.speed import spread
+from benchmarks.speed import figures, spread
 from lesson.experiments.rates import fit, vertex
 from lesson.experiments.texts import FITTED
-from lesson.tables.experiments import ladder
+from lesson.tables.experiments import ladder, rows_of_ways
 from lesson.tables.others import least
-from lesson.tables.stored import at_best, benchmark, gap, rate, results
-
-FULL_AT_AN_EIGHTH = "full, an eighth of the rate"
-PAIRS = (("full", "full"), ("LoRA", "full"), ("LoRA", "LoRA"))
+from lesson.tables.stored import at_best, benchmark, gap, means, rate, results
 
 
 def readme() -> Iterator[str]:
@@ -44,13 +42,8 @@ def experiments() -> Iterator[str]:
     yield f"The rule misses the {misses()} at worst."
     texts = results("texts")
     worst = max(above(row) for name in texts.keys() - FITTED for row in rows(texts[name]))
-    best_rates = [
-        float(min(row["ladder"], key=row["ladder"].__getitem__))
-        for name in texts.keys() - FITTED
-        for row in rows(texts[name])
-    ]
-    low, high = min(best_rates), max(best_rates)
-    yield f"the best rate of the ladder is between {rate(low)} and {rate(high)}"
+    rates = [float(min(row["ladder"], key=row["ladder"].__getitem__)) for row in rows_of_ways()]
+    yield f"the best rate of the ladder is between {rate(min(rates))} and {rate(max(rates))}"
     yield f"it ends at most {worst:.1f} % above the lowest perplexity of a *ladder*"
     both = [row for text in texts.values() for row in rows(text) if "reference" in row]
     yield f"in {count_below(both)} of {len(both)} comparisons a lower one than `--recipe reference`"
@@ -58,31 +51,36 @@ def experiments() -> Iterator[str]:
     count = sum(len(rows(text)) for text in texts.values())
     yield f"of the {count} results of `best` are more than"
     yield f"the means over three seeds are {above_the_ladder()} above the ladder."
-    means = [mean(found) for found in results("regularisation").values()]
-    yield f"are between {min(means):.1f} and {max(means):.1f}"
-    attention, full = results("learning_rate")["lora"], results("learning_rate")["full"]
-    kl = [mean(kl for _, kl in runs) for runs in (attention["0.003"], full["3e-05"])]
-    yield f"the KL is {kl[0]:.2f} against {kl[1]:.2f}"
-    growing = [*results("scaling").values()][1]
+    settings = [mean(found) for found in results("regularisation").values()]
+    yield f"are between {min(settings):.1f} and {max(settings):.1f}"
+    runs = results("learning_rate")
+    _, lora_kl = means(runs["lora"]["0.003"])
+    _, full_kl = means(runs["full"]["3e-05"])
+    yield f"the KL is {lora_kl:.2f} against {full_kl:.2f}"
+    _, growing, *_ = results("scaling").values()
     yield f"gives rank 64 a perplexity of {growing['64']['0.008'][0]:.0f}"
     yield from frontier()
 
 
 def frontier() -> Iterator[str]:
-    gains, more_epochs, longest = [], [], []
+    gains = []  # of a small batch over 16 windows, in perplexity
+    longest = []  # seconds of a small batch over the seconds of 16 windows, on each text
+    thirds = []  # gain of the third epoch, in perplexity
     for text in results("frontier").values():
         rank_8 = {name: runs[0] for name, runs in text["LoRA, r = 8"].items()}
-        large = {n: rank_8[f"16 windows, {n} epochs"] for n in (1, 2, 3, 6)}
-        small = [(n, rank_8[f"{size} windows, {n} epochs"]) for size in (1, 2) for n in large]
-        gains += [large[n]["perplexity"] - run["perplexity"] for n, run in small]
-        longest.append(max(run["seconds"] / large[n]["seconds"] for n, run in small))
+        slower = []
+        for size, n in product((1, 2), (1, 2, 3, 6)):
+            small, large = (rank_8[f"{windows} windows, {n} epochs"] for windows in (size, 16))
+            gains.append(large["perplexity"] - small["perplexity"])
+            slower.append(small["seconds"] / large["seconds"])
+        longest.append(max(slower))
         for size in (1, 2, 4):
             two, three = (rank_8[f"{size} windows, {n} epochs"]["perplexity"] for n in (2, 3))
-            more_epochs.append(two - three)
+            thirds.append(two - three)
     yield f"has a perplexity {min(gains):.1f} to {max(gains):.1f} lower than with batches of 16"
     book, examples = longest
     yield f"to {book:.1f} times as long on the book, and up to {examples:.1f} times as long on the"
-    low, high = min(more_epochs), max(more_epochs)
+    low, high = min(thirds), max(thirds)
     yield f"three epochs give a perplexity {low:.1f} to {high:.1f} lower than two epochs"
 
 
@@ -126,9 +124,8 @@ def findings() -> Iterator[str]:
     fixed, _, _, full = results("scaling").values()
     attention = vertex(results("targets")["c_attn: r = 20"]) / vertex(full)
     rank_1 = vertex(fixed["1"]) / vertex(full)
-    times = f"n part: {rank_1:.0f} to {attention:.0f} times with alpha 16"
-    yield f"i{times}"
-    yield f"I{times}"
+    for start in ("in", "In"):  # in the table of findings, and below
+        yield f"{start} part: {rank_1:.0f} to {attention:.0f} times with alpha 16"
     yield f"the best rate {rises_and_falls(' but')}"
     by_size: dict[str, list[float]] = {}
     for name, run in results("rates").items():
@@ -138,9 +135,13 @@ def findings() -> Iterator[str]:
     tuned = results("methods")
     lag = gap(tuned["the four layers' weights alone"], tuned["full: all weights"])
     yield f"training all weights gives a loss {lag:.2f} nats lower"
-    runs = results("intruders")
-    kl = [runs[name][0]["scores"][1] for name in ("r = 8, half the rate", FULL_AT_AN_EIGHTH)]
-    yield f"LoRA forgets {kl[0] / kl[1]:.1f} times as much"
+    alike = ("full, an eighth of the rate", "r = 8, half the rate")
+    scores = [means([seed["scores"] for seed in results("intruders")[name]]) for name in alike]
+    (full_perplexity, full_kl), (lora_perplexity, lora_kl) = scores
+    yield (
+        f"nearly the same perplexity ({full_perplexity:.1f} and {lora_perplexity:.1f}), but LoRA "
+        f"forgets {lora_kl / full_kl:.1f} times as much"
+    )
     yield from amplification()
     lora = results("smollm2")["LoRA"]
     high, best = (lora[lr][0][0]["perplexity"] for lr in ("0.008", "0.004"))
@@ -148,16 +149,16 @@ def findings() -> Iterator[str]:
 
 
 def amplification() -> Iterator[str]:
-    found = results("amplification")
-    ranges = {}
-    for rank in (1, 8):
-        factors = [run["amplification"] for runs in found[f"r = {rank}"].values() for run in runs]
-        ranges[rank] = min(factors), max(factors)
-    yield "is {:.0f} to {:.0f} at rank 1".format(*ranges[1])
-    yield "{:.1f} to {:.1f} at rank 8".format(*ranges[8])
-    layers = [layer for name, layer in found.items() if name != "full"]
-    own = [run["to its own"] for layer in layers for runs in layer.values() for run in runs]
-    yield f"it is at most {max(own):.2f} times as large as in the leading"
+    by_rank = [
+        [run for runs in layers.values() for run in runs]
+        for name, layers in results("amplification").items()
+        if name != "full"
+    ]
+    rank_1, rank_8, _ = ([run["amplification"] for run in runs] for runs in by_rank)
+    yield f"the factor is {min(rank_1):.0f} to {max(rank_1):.0f} at rank 1"
+    yield f"{min(rank_8):.1f} to {max(rank_8):.1f} at rank 8"
+    own = max(run["to its own"] for runs in by_rank for run in runs)
+    yield f"it is at most {own:.2f} times as large as in the leading"
 
 
 def rises_and_falls(word: str) -> str:
@@ -200,7 +201,8 @@ def lora_in_depth() -> Iterator[str]:
     attention, mlp = (changes[f"{name}: full"] for name in ("c_attn", "mlp.c_proj"))
     shares = [100 * mean(seed[7] for seed in seeds) for seeds in (attention, mlp)]
     yield f"contain {shares[0]:.0f} % of the squared norm for `c_attn`, and {shares[1]:.0f} % for"
-    overlaps = [mean(pair[7] for pair in changes[f"{a} and {b}"]) for a, b in PAIRS]
+    pairs = ("full and full", "LoRA and full", "LoRA and LoRA")
+    overlaps = [mean(pair[7] for pair in changes[name]) for name in pairs]
     yield (
         "is {:.2f} between two full fine-tunings, {:.2f} between LoRA and full fine-tuning, and "
         "{:.2f} between two LoRA runs"
@@ -208,9 +210,11 @@ def lora_in_depth() -> Iterator[str]:
     merged = results("merge_error")
     hundredth, thousandth = (merged["size"].index(size) for size in (0.01, 0.001))
     fp16, bf16 = (merged[name]["error"] for name in ("fp16", "bf16"))
-    yield f"{100 * fp16[hundredth]:.0f} % of the update's norm in fp16 and "
-    yield f"and {100 * bf16[hundredth]:.0f} % in bf16. Also, "
-    yield f"Also, {100 * merged['bf16']['unmoved'][hundredth]:.0f} % of the bf16 weights"
+    unmoved = merged["bf16"]["unmoved"][hundredth]
+    yield (
+        f"{100 * fp16[hundredth]:.0f} % of the update's norm in fp16 and "
+        f"{100 * bf16[hundredth]:.0f} % in bf16. Also, {100 * unmoved:.0f} % of the bf16 weights"
+    )
     yield f"is {100 * fp16[thousandth]:.0f} % in fp16 and {100 * bf16[thousandth]:.0f} % in bf16."
     sizes = merged["adapter"]
     yield f"the updates have {min(sizes):.2f} to {max(sizes):.2f} times the size"
@@ -237,12 +241,14 @@ def qlora() -> Iterator[str]:
 
 def real_weights() -> Iterator[str]:
     found = results("other_model")["conversations"]
-    searched = found["searched"][0]
-    rates = {float(lr): min(run["trained"]) for lr, run in found["other rates"].items()}
-    half, twice = (rates[searched["lr"] * factor] for factor in (0.5, 2))
-    lower = 100 * (1 - half / min(searched["trained"]))
-    yield f"half of it lowers the perplexity by {lower:.0f} %, and twice this rate raises it by "
-    yield f"raises it by {100 * (twice / min(searched['trained']) - 1):.0f} % (seed 0)"
+    seed_0 = found["searched"][0]
+    rates = {run["lr"]: run for run in found["other rates"].values()}
+    runs = [seed_0, rates[seed_0["lr"] / 2], rates[seed_0["lr"] * 2]]
+    searched, half, twice = least(runs)
+    yield (
+        f"half of it lowers the perplexity by {100 * (1 - half / searched):.0f} %, and twice this "
+        f"rate raises it by {100 * (twice / searched - 1):.0f} % (seed 0)"
+    )
 
 
 def reference_run() -> Iterator[str]:
@@ -260,24 +266,15 @@ def training() -> Iterator[str]:
 
 
 def speed() -> Iterator[str]:
-    time = {name: sum(map(mean, parts.values())) for name, parts in results("step_time").items()}
+    found = results("step_time")
+    time = {name: sum(map(mean, shares.values())) for name, shares in found.items()}
     counted, timed = (time[f"{kind}: LoRA"] / time[f"{kind}: full"] for kind in ("by hand", "fp32"))
     yield f"the ratio is {counted:.2f} by count, but {timed:.2f} by time in fp32"
-    thin = mean(results("step_time")["fp32: LoRA"]["A and B"])
+    thin = mean(found["fp32: LoRA"]["A and B"])
     yield f"but {100 * thin:.0f} % of its time"
-    measured = benchmark("speed")["measurements"]
-    peaks = {side: peak_by_run(measured, side) for side in ("ours", "theirs")}
-    ratios = [peaks["ours"][run] / peak for run, peak in peaks["theirs"].items()]
+    raced = figures(benchmark("speed")["measurements"])
+    ratios = [*raced["LoRA, fp32"]["memory"], *raced["LoRA, bf16"]["memory"]]
     yield f"LoRA needs {min(ratios):.2f} to {max(ratios):.2f} of PEFT's memory"
-
-
-def peak_by_run(measured: list[dict[str, Any]], side: str) -> dict[tuple[str, int], float]:
-    """Return the peak memory of LoRA, in MB, by precision and round."""
-    return {
-        (run["precision"], run["round"]): run["peak_mb"]
-        for run in measured
-        if run["method"] == "lora" and run["side"] == side
-    }
 
 
 def measures() -> Iterator[str]:
