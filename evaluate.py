@@ -18,7 +18,7 @@ from data.tokens import load_books, text_files
 from data.windows import Dataset, Windows, check_block_size, split
 from evaluation.choices import score_questions
 from evaluation.compare import compare
-from evaluation.scores import evaluate, forgetting
+from evaluation.scores import RowLosses, evaluate, forgetting, paired_difference, row_losses
 from lora.quantised import quantisation
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
@@ -29,7 +29,7 @@ from training.options import BOOK
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__)
-    add_model_options(parser)
+    add_model_options(parser, nargs="+")
     source = parser.add_mutually_exclusive_group()
     about = "UTF-8 texts, or directories of .txt files (default: the last tenth of data/book.txt)"
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=about)
@@ -61,6 +61,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--compare: takes no --{others[0].replace('_', '-')}, only runs")
     if args.forgotten and (args.choices or not args.adapter):
         raise UserError("--forgotten compares an adapter with its base on a text: give --adapter")
+    if args.choices and args.adapter and len(args.adapter) > 1:
+        raise UserError("--choices is answered with one adapter: give one --adapter")
     if (args.data or args.choices) and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if (args.stride or 1) > args.block_size:
@@ -79,22 +81,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_input_as_output(args)
     device = Device.pick(args.device, args.precision)
     tune_process(device)
-    base, model, tokenizer = load_with_adapter(args.base, args.adapter, device.dtype, args.quantise)
+    adapters: list[Path | None] = args.adapter or [None]
+    reports = []
+    first: RowLosses | None = None
+    for adapter in adapters:  # one after the other
+        report, losses = score(adapter, args, device)
+        if first and losses:
+            found = paired_difference(first, losses)
+            print(
+                f"loss minus the loss of {adapters[0]}: {found.difference:+.4f} nats per token, "
+                f"standard error {found.standard_error:.4f}"
+            )
+            report |= asdict(found)
+        first = first or losses
+        reports.append(report)
+    if args.json:
+        write_json(args.json, {"adapters": reports} if first else reports[0])
+
+
+def score(
+    adapter: Path | None, args: argparse.Namespace, device: Device
+) -> tuple[dict[str, Any], RowLosses | None]:
+    """Score the base, with the adapter if any. Print the scores and return them. If `args` names
+    several adapters, also return the losses, to compare them."""
+    base, model, tokenizer = load_with_adapter(args.base, adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)
     model.to(device.torch_device)
     set_kernels(model, args.kernels)
+    report: dict[str, Any] = {"base": base, "adapter": str(adapter) if adapter else None}
+    if kind:
+        report["quantise"] = kind
     if args.choices:
         fraction = args.val_fraction or 1.0
         found = score_questions(args.choices, fraction, args.block_size, model, tokenizer, device)
-    else:
-        found = score_text(args, model, tokenizer, device)
-    if args.json:
-        adapter = str(args.adapter) if args.adapter else None
-        report = {"base": base, "adapter": adapter, **found}
-        if kind:
-            report["quantise"] = kind
-        write_json(args.json, report)
+        return report | found, None
+
+    several = args.adapter and len(args.adapter) > 1
+    if several:
+        print(f"=== {adapter}")
+    found, data = score_text(args, model, tokenizer, device)
+    return report | found, row_losses(model, data, device) if several else None
 
 
 def refuse_input_as_output(args: argparse.Namespace) -> None:
@@ -102,7 +129,7 @@ def refuse_input_as_output(args: argparse.Namespace) -> None:
     if not args.json or not os.path.exists(args.json):
         return
     inputs = [args.data, args.choices] if args.data or args.choices else text_files(texts_of(args))
-    for directory in (args.base, args.adapter or args.base):
+    for directory in (args.base, *(args.adapter or ())):
         inputs += [Path(directory) / name for name in (*RUN_FILES, PICKLED_WEIGHTS)]
     for path in filter(None, inputs):
         if os.path.exists(path) and os.path.samefile(path, args.json):
@@ -115,8 +142,8 @@ def texts_of(args: argparse.Namespace) -> list[Path]:
 
 def score_text(
     args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
-) -> dict[str, Any]:
-    """Score a text or conversations. Print the scores and return them."""
+) -> tuple[dict[str, Any], Dataset]:
+    """Score a text or conversations. Print the scores. Return them and the scored data."""
     texts = texts_of(args)
     source = ", ".join(map(str, texts))
     fraction = args.val_fraction or 1.0
@@ -142,7 +169,7 @@ def score_text(
             f"the likeliest token changed at {forgotten['changed_choices']:.2%} of the tokens"
         )
         found |= forgotten
-    return found
+    return found, data
 
 
 def load_dataset(

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,3 +125,56 @@ def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float
                 sums += torch.stack([kls.sum(dtype=sums.dtype), changes.sum(dtype=sums.dtype)])
     kl, changed = sums.tolist()
     return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
+
+
+class RowLosses(NamedTuple):
+    """The losses of N rows: the windows of a text, or conversations."""
+
+    sums: Tensor  # (N,) fp64: nats, summed over the scored tokens of a row
+    tokens: Tensor  # (N,) int64: the number of scored tokens of a row
+
+
+@torch.no_grad()
+def row_losses(model: GPT2, dataset: Dataset, device: Device) -> RowLosses:
+    """Return the losses of each row. The model must be in evaluation mode."""
+    sums = []
+    tokens = []
+    for inputs, targets in dataset.evaluation_batches(EVAL_BATCH):
+        with device.autocast():
+            losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
+        sums.append(losses.cpu().double().sum(1))
+        tokens.append((targets != IGNORE_INDEX).sum(1))
+    return RowLosses(torch.cat(sums), torch.cat(tokens))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two mean losses, in nats per token, with its standard error."""
+
+    difference: float
+    standard_error: float
+
+
+def paired_difference(first: RowLosses, second: RowLosses) -> Difference:
+    """Return the loss of the second model minus the loss of the first, on the same tokens.
+
+    Row i has n_i tokens, and the summed losses of its tokens differ by d_i. With n = sum_i n_i,
+    the difference is d = sum_i d_i / n, and its standard error is
+
+        sqrt(N / (N - 1) * sum_i (d_i - n_i d)^2) / n.
+
+    Tokens of a row depend on each other, so the rows are the clusters of Miller 2024
+    (arXiv:2411.00640). The factor N / (N - 1) is for few rows. Raises UserError if the tokens
+    differ, or for one row.
+    """
+    if not torch.equal(first.tokens, second.tokens):
+        raise UserError("the adapters' bases have different tokenizers: compare bits per byte")
+    rows = len(first.tokens)
+    if rows < 2:
+        raise UserError("to compare adapters, score more than one window or conversation")
+    n = first.tokens.sum()
+    differences = second.sums - first.sums  # d_i
+    mean = differences.sum() / n
+    errors = differences - first.tokens * mean
+    variance = rows / (rows - 1) * errors.square().sum() / n**2
+    return Difference(mean.item(), variance.sqrt().item())
