@@ -1,4 +1,4 @@
-"""Score a text, conversations or multiple-choice questions, or compare finished runs."""
+"""Score a text, conversations or multiple-choice questions. Compare adapters or finished runs."""
 
 import argparse
 import os
