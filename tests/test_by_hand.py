@@ -20,6 +20,7 @@ SHEET = re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINES = [re.split(r"\s{2,}", line) for sheet in SHEET.findall(PAGE) for line in sheet.splitlines()]
 PROSE = re.sub(r"\]\([^)]*\)|`[^`]*`", "", SHEET.sub("", PAGE))
 PROSE = PROSE.replace("GPT-2", "").replace("\n", " ")
+EQUATIONS = re.findall(r"[√(]*[\d.][\d. ·/)]*= [\d.]*\d", PROSE)
 X, W = torch.tensor([-1.0, 1.0]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 RATE, SCALING = 0.2, 2
 
@@ -120,7 +121,15 @@ def test_a_calculator_finds_the_printed_value(cell):
     assert shown(value(expression)) == result
 
 
-@pytest.mark.parametrize("equation", re.findall(r"[√(]*[\d.][\d. ·/)]*= [\d.]*\d", PROSE))
+@pytest.mark.parametrize("equation", EQUATIONS)
 def test_a_calculator_finds_the_values_in_the_text(equation):
     expression, _, result = equation.partition(" = ")
     assert shown(value(expression)) == result
+
+
+def test_the_text_repeats_numbers_that_are_computed():
+    decimals = re.compile(r"\d\.\d{3}")
+    computed = {*decimals.findall(" ".join(SHEET.findall(PAGE) + EQUATIONS))}
+    repeated = {*decimals.findall(PROSE)} - {"0.001"}  # 1 - beta2 of AdamW
+    assert len(repeated) > 5
+    assert repeated <= computed
