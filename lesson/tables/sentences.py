@@ -54,6 +54,16 @@ def experiments() -> Iterator[str]:
     repeated = sum("best again" in row for text in texts.values() for row in rows(text))
     yield f"**{WORDS[repeated]} of the {count} results of `best` are more than 2 % above the ladder"
     yield f"the means over three seeds are {above_the_ladder()} above the ladder."
+    failed = sum(row["fixed"] >= row["base"] for row in rows_of_ways())
+    yield f"{WORDS[failed].lower()} runs never improve on the base"
+    mlp, attention = [], []
+    for name, runs in results("targets").items():
+        if name.startswith(("c_fc", "mlp")):
+            mlp.append(at_best(runs))
+        elif "," not in name:
+            attention.append(at_best(runs))
+    low, high = min(attention) - max(mlp), max(attention) - min(mlp)
+    yield f"has a perplexity {low:.0f} to {high:.0f} lower than on one attention layer"
     settings = [mean(found) for found in results("regularisation").values()]
     yield f"are between {min(settings):.1f} and {max(settings):.1f}"
     runs = results("learning_rate")
@@ -204,6 +214,8 @@ def lora_in_depth() -> Iterator[str]:
     attention, mlp = (changes[f"{name}: full"] for name in ("c_attn", "mlp.c_proj"))
     shares = [100 * mean(seed[7] for seed in seeds) for seeds in (attention, mlp)]
     yield f"contain {shares[0]:.0f} % of the squared norm for `c_attn`, and {shares[1]:.0f} % for"
+    uncut, at_8, at_0 = (mean(changes["cut"][k]) for k in ("256", "8", "0"))
+    yield f"{uncut:.1f} uncut, {at_8:.1f} at $k = 8$, and {at_0:.1f} at $k = 0$. Even {at_0:.1f} is"
     pairs = ("full and full", "LoRA and full", "LoRA and LoRA")
     overlaps = [mean(pair[7] for pair in changes[name]) for name in pairs]
     yield (
@@ -237,6 +249,10 @@ def qlora() -> Iterator[str]:
     yield f"took {nf4:.1f} CPU seconds with NF4, {int8:.1f} with int8 and {bf16:.1f} with bf16"
     yield f"checkpointing, a step took {both:.1f} CPU seconds"
     seeds = found["losses"]["nf4"]
+    exact = found["losses"]["fp32"]
+    for what, name in (("of the base by only", "base"), ("after training by", "trained")):
+        raised = mean(run[name] for run in seeds) - mean(run[name] for run in exact)
+        yield f"raises the loss {what} {raised:.3f} nats"
     moved = max(abs(run["into the original base"] - run["trained"]) for run in seeds)
     yield f"the loss moves by {moved:.4f} nats at most"
     yield f"costs {mean(run['into NF4 again'] - run['trained'] for run in seeds):.3f} nats"
