@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.speed import figures, spread
 from lesson.experiments.rates import fit, vertex
 from lesson.experiments.texts import FITTED
-from lesson.tables.experiments import ladder, rows_of_ways
+from lesson.tables.experiments import ladder, not_below_base, rows_of_ways
 from lesson.tables.others import least
 from lesson.tables.stored import at_best, benchmark, gap, means, rate, results
 
@@ -51,17 +51,17 @@ def experiments() -> Iterator[str]:
     yield f"in {count_below(both)} of {len(both)} comparisons a lower one than `--recipe reference`"
     yield f"{above_reference(both)} higher"
     count = sum(len(rows(text)) for text in texts.values())
-    repeated = sum("best again" in row for text in texts.values() for row in rows(text))
-    yield f"**{WORDS[repeated]} of the {count} results of `best` are more than 2 % above the ladder"
-    yield f"the means over three seeds are {above_the_ladder()} above the ladder."
-    failed = sum(row["fixed"] >= row["base"] for row in rows_of_ways())
-    yield f"{WORDS[failed].lower()} runs never improve on the base"
-    mlp, attention = [], []
-    for name, runs in results("targets").items():
-        if name.startswith(("c_fc", "mlp")):
-            mlp.append(at_best(runs))
-        elif "," not in name:
-            attention.append(at_best(runs))
+    repeated = above_the_ladder()
+    yield (
+        f"**{WORDS[len(repeated)]} of the {count} results of `best` are more than 2 % above the "
+        "ladder"
+    )
+    means_above = f"{', '.join(repeated[:-1])} and {repeated[-1]}"
+    yield f"the means over three seeds are {means_above} above the ladder."
+    yield f"{WORDS[not_below_base('fixed')].lower()} runs never improve on the base"
+    layers = {name.partition(":")[0]: at_best(runs) for name, runs in results("targets").items()}
+    attention = [layers[name] for name in ("c_attn", "attn.c_proj")]
+    mlp = [layers[name] for name in ("c_fc", "mlp.c_proj", "c_fc, mlp.c_proj")]
     low, high = min(attention) - max(mlp), max(attention) - min(mlp)
     yield f"has a perplexity {low:.0f} to {high:.0f} lower than on one attention layer"
     settings = [mean(found) for found in results("regularisation").values()]
@@ -108,15 +108,14 @@ def above(row: dict[str, Any]) -> float:
     return 100 * (best / mean([ladder(row), *row.get("ladder again", [])]) - 1)
 
 
-def above_the_ladder() -> str:
-    """Print how far the repeated rows are above the ladder's best rate."""
-    found = [
+def above_the_ladder() -> list[str]:
+    """Print how far each of the repeated rows is above the ladder's best rate."""
+    return [
         f"{above(row):.1f} %"
         for text in results("texts").values()
         for row in rows(text)
         if "best again" in row
     ]
-    return f"{', '.join(found[:-1])} and {found[-1]}"
 
 
 def misses() -> str:
