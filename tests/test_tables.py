@@ -1,4 +1,4 @@
-"""The measured tables of the pages, and sentences that repeat their numbers, are as stored."""
+"""The measured tables of the pages are as stored."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """Write the measured tables of the pages from stored results: `python -m lesson.tables [--check]`
 
 A comment such as `<!-- table: ranks -->` above a table names the function that yields its lines.
-Sentences with stored numbers are only compared. With --check, nothing is written.
+With --check, they are only compared.
 """
 
 import re
@@ -12,7 +12,6 @@ from pathlib import Path
 from common.cli import Parser
 from common.errors import RunError, run_command
 from lesson.tables import experiments, findings, others
-from lesson.tables.sentences import missing
 from lesson.tables.stored import ROOT, TABLES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,27 +28,19 @@ def written(text: str) -> str:
     return MARKED.sub(lines, text)
 
 
-def wrong(page: Path, text: str) -> list[str]:
-    """Return the lines of tables that differ from the stored ones, and parts of sentences that the
-    page lacks.
-    """
-    name = str(page.relative_to(ROOT))
-    old, new = text.splitlines(), written(text).splitlines()
-    lines = unified_diff(old, new, name, "stored", n=0, lineterm="")
-    return [*lines, *(f"{name} lacks: {part}" for part in missing(name, text))]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="lesson.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args(argv)
     found: list[str] = []
     for page in PAGES:
-        text = page.read_text()
-        if not args.check:
-            text = written(text)
-            page.write_text(text)
-        found += wrong(page, text)
+        old = page.read_text()
+        new = written(old)
+        if args.check:
+            names = (str(page.relative_to(ROOT)), "stored")
+            found += unified_diff(old.splitlines(), new.splitlines(), *names, n=0, lineterm="")
+        else:
+            page.write_text(new)
     if found:
         raise RunError("\n".join(found))
 
