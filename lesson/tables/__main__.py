@@ -7,7 +7,6 @@ With --check, they are only compared.
 import re
 from collections.abc import Sequence
 from difflib import unified_diff
-from pathlib import Path
 
 from common.cli import Parser
 from common.errors import RunError, run_command
