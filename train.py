@@ -71,7 +71,6 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[Tensor, Tenso
     total_loss = torch.zeros((), device=device.torch_device)
     for inputs, targets in batch.micro_batches:
         with device.autocast():
-            # FastGPT2.loss in model/kernels/fast.py. With --kernels plain, GPT2.loss.
             loss = trainer.loss(device.to_device(inputs), device.to_device(targets))
         # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
         # the gradients of all micro-batches on all processes add up to the gradient of the mean

@@ -5,14 +5,15 @@ core, and compares the processor times. It also counts the bytes that autograd k
 backward pass of one step, without the parameters. It writes the result to benchmarks/results.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from time import process_time
+from timeit import timeit
 
 import torch
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.operations import in_turn
 from benchmarks.speed import about, result_file, spread
 from common.cli import Parser, number, print_table
 from common.device import Device, tune_process
@@ -70,6 +71,22 @@ def kept_bytes(trainer: ours.Steps, batch: Batch) -> int:
     for parameter in trainer.model.parameters():
         found.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(found.values())
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time each call once per round, in processor time, which other programs disturb little. Return
+    for each call its time in every round, divided by the time of the first call in this round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timeit(call, timer=process_time, number=1))
+
+    first = next(iter(times.values()))
+    return {
+        name: [mine / base for mine, base in zip(taken, first, strict=True)]
+        for name, taken in times.items()
+    }
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ stores the projections as (in, out). Here the projections are `nn.Linear`s, (out
 
 Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs only PyTorch. By default, `accelerate` in `model/kernels/fast.py` replaces `loss`,
-and on a CPU also dropout and `attend`, by faster operations.
+This file needs only PyTorch. By default, `set_kernels` in `model/kernels/fast.py` replaces the
+loss, and on a CPU also dropout and attention, by faster functions.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
@@ -70,6 +70,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
+        self.attention = F.scaled_dot_product_attention  # replaced by `set_kernels`
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # `inject` puts a LoRALinear here
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -78,7 +79,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = map(self.split_heads, self.c_attn(x).split(C, dim=2))  # (B, H, T, D) each
         if cache is None:
-            y = self.attend(q, k, v)
+            p = self.attn_pdrop if self.training else 0.0
+            y = self.attention(q, k, v, dropout_p=p, is_causal=True)
         else:
             k, v = cache.extend(self.layer, k, v)
             # The first call needs a causal mask. A later call has one token, and no mask.
@@ -92,15 +94,6 @@ class Attention(nn.Module):
         """Turn (B, T, C) into (B, H, T, D)."""
         B, T, C = x.shape
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return dropout(softmax(q k^T / sqrt(D) + mask)) v. All tensors are (B, H, T, D).
-
-        The mask (T, T) is -inf where a key comes after the query, otherwise 0. On a CPU,
-        `FastAttention` in model/kernels/fast.py computes the same faster.
-        """
-        p = self.attn_pdrop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
 
 
 class MLP(nn.Module):
@@ -133,6 +126,24 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of -log p(target) over the scored tokens, in nats, fp32.
+
+    hidden is (N, C), weight (V, C), targets (N,), and p = softmax(hidden weight^T) in fp32. A
+    target of IGNORE_INDEX is not scored.
+    """
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target's -log p in nats, fp32 (N,), and whether the target is the likeliest
+    token, bool (N,). For a target of IGNORE_INDEX, return 0 and False. Shapes as above.
+    """
+    logits = F.linear(hidden, weight)  # (N, V)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses, logits.argmax(-1) == targets
+
+
 class GPT2(nn.Module):
     """The language model, with random weights. `wte` is also the head.
 
@@ -152,6 +163,8 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.tied_cross_entropy = tied_cross_entropy  # replaced by `set_kernels`, as is the next
+        self.tied_token_losses = token_losses
         if not self.wte.weight.is_meta:
             self.init_weights()
 
@@ -203,20 +216,20 @@ class GPT2(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of -log p(target) over the scored tokens, in nats.
 
-        idx and targets are (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
-        fp32. The result is a sum, not a mean, so that the losses of micro-batches can be added.
+        idx and targets are (B, T). A target of IGNORE_INDEX is not scored. The result is a sum, not
+        a mean, so that the losses of micro-batches can be added.
         """
-        logits = self(idx).float().flatten(0, 1)  # (B * T, V)
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        return self.tied_cross_entropy(hidden, self.wte.weight, targets.flatten())
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each target's -log p in nats, fp32 (B, T), and whether the target is the likeliest
         token, bool (B, T). For a target of IGNORE_INDEX, return 0 and False.
         """
-        logits = self(idx)  # (B, T, V)
-        losses = F.cross_entropy(logits.float().mT, targets, reduction="none")
-        return losses, logits.argmax(-1) == targets
+        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        losses, hits = self.tied_token_losses(hidden, self.wte.weight, targets.flatten())
+        return losses.view_as(targets), hits.view_as(targets)
 
     def set_dropout(self, p: float) -> None:
         """Set the probability of all dropouts of the base: embedding, attention and residual."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -15,22 +14,6 @@ from model.gpt2 import GPT2
 from training.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a training
-    loop that does not compile the optimizer.
-
-    PyTorch wraps the five methods below to hide them from torch.compile. The first call of a
-    wrapper imports torch._dynamo and sympy, which takes longer than the import of torch. So this
-    class unwraps the methods. If a method has no wrapper, `unwrap` returns the method unchanged.
-    """
-
-    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
-    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
-    state_dict = unwrap(torch.optim.AdamW.state_dict)
-    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 @dataclass
@@ -75,8 +58,10 @@ def make_trainer(
     groups = parameter_groups(model, loraplus_lr_ratio)
     return Trainer(
         model,
-        loss or model.loss,  # `set_kernels` may have made the model a FastGPT2
-        AdamW(groups, weight_decay=weight_decay, fused=True),  # `train_step` sets the rate
+        loss or model.loss,
+        torch.optim.AdamW(
+            groups, weight_decay=weight_decay, fused=True
+        ),  # `train_step` sets the rate
         device.grad_scaler(),
         device,
         processes,

@@ -17,7 +17,7 @@ from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import SIZE, train
 from lora.inject import lora_layers
 from model.gpt2 import GPT2
-from model.kernels.fast import accelerate
+from model.kernels.fast import set_kernels
 from storage.hub import find_base
 from storage.weights import load_gpt2
 
@@ -40,7 +40,7 @@ def load_base() -> GPT2:
     """Return mini in fp32."""
     _, directory = find_base("mini")
     model = load_gpt2(directory)
-    accelerate(model)
+    set_kernels(model, "fast")
     return model
 
 

@@ -23,7 +23,7 @@ from lesson.figures import shades
 from lora.config import LoRAConfig
 from lora.inject import inject
 from model.gpt2 import GPT2, GPT2Config
-from model.kernels.fast import accelerate
+from model.kernels.fast import set_kernels
 
 NAMES = {"full": "full fine-\ntuning", "lora": "LoRA,\nc_attn,\nrank 8"}
 KEPT = {"full": 16, "lora": 11}  # vectors of n_embd per token and layer (docs/training.md)
@@ -57,7 +57,7 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
     model = GPT2(config)
     if method == "lora":
         inject(model, LoRAConfig(target_modules=("c_attn",)))
-    accelerate(model)
+    set_kernels(model, "fast")
     weights = list(model.parameters())
     trained = [p for p in weights if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)

@@ -21,7 +21,7 @@ from evaluation.scores import kl_divergence
 from lesson.explore.passage import first_texts
 from lora import adapter_disabled, lora_layers
 from lora.peft_view import peft_view
-from model.kernels.fast import accelerate
+from model.kernels.fast import set_kernels
 from storage.hub import find_adapter
 from training.report import perplexity
 
@@ -52,7 +52,7 @@ class Explorer:
         self.adapter = adapter
         self.device = device
         self.model.to(device.torch_device)
-        accelerate(self.model)
+        set_kernels(self.model, "fast")
         self.unnamed = generate.padding(self.model, self.tokenizer)
 
     def about(self) -> dict[str, Any]:

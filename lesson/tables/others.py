@@ -143,15 +143,6 @@ def race() -> Iterator[str]:
 
 
 @table
-def operations() -> Iterator[str]:
-    """The time of a step with plain operations, relative to the fast operations."""
-    yield "| time with plain / fast | dropout | attention | loss | all |"
-    yield "|---|---:|---:|---:|---:|"
-    for name, found in benchmark("operations")["results"].items():
-        yield f"| {name} | {' | '.join(speed.spread(rounds) for rounds in found.values())} |"
-
-
-@table
 def bytes_counted() -> Iterator[str]:
     labels = (
         "weights | all",

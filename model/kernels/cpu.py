@@ -73,66 +73,46 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
     return x.view(integer).bitwise_and(keep.to(integer)).view(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool = True
+) -> Tensor:
+    """Compute `F.scaled_dot_product_attention` with a causal mask: dropout(P) V, where
+    P = softmax(Q K^T / sqrt(D) + mask). The mask (T, T) is -inf where a key comes after the query.
 
     q, k, v and the result are (B, H, T, D).
     """
     # PyTorch's fused kernel does not support dropout, and is slow in low precision for small T.
-    fused_is_faster = p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
+    fused_is_faster = dropout_p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
     if not is_faster_here(q) or fused_is_faster:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-    return _Attention.apply(q, k, v, p)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+
+    B, H, T, D = q.shape
+    q = q.reshape(B * H, T, D)
+    k = k.reshape(B * H, T, D)
+    v = v.reshape(B * H, T, D)
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
+    scores = torch.baddbmm(mask.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
+    p = scores.softmax(-1)
+    y = p @ v if dropout_p == 0 else _DroppedMatmul.apply(p, v, dropout_p)
+    return y.view(B, H, T, D)
 
 
-class _Attention(torch.autograd.Function):
-    """Compute Y = dropout(P) V with P = softmax(Q K^T / sqrt(D) + mask), (B * H, T, T).
+class _DroppedMatmul(torch.autograd.Function):
+    """Compute Y = dropout(P) V. The backward pass drops P again, because storing dropout(P),
+    (B * H, T, T), would cost 5 % of the memory of a step of LoRA (docs/speed.md).
 
-    The backward pass reads P and a dropout mask of one byte per element. With G = dL/dY,
-    dL/dV = dropout(P)^T G and dL/dP = dropout(G V^T). The gradient of softmax turns dL/dP into
-    dL/dS, where S is the argument of softmax. Then dL/dQ = dL/dS K / sqrt(D) and
-    dL/dK = dL/dS^T Q / sqrt(D).
+    With G = dL/dY, dL/dV = dropout(P)^T G and dL/dP = dropout(G V^T), with the same mask.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, p):
-        B, H, T, D = q.shape
-        q = q.reshape(B * H, T, D)
-        k = k.reshape(B * H, T, D)
-        v = v.reshape(B * H, T, D)
-        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
-        scores = torch.baddbmm(mask.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
-        weights = scores.softmax(-1)
-
-        keep = None
-        dropped = weights
-        ctx.scale = 1.0
-        if p > 0:
-            keep, ctx.scale = draw_mask(weights.shape, p)
-            dropped = masked(weights, keep)
-        ctx.save_for_backward(q, k, v, weights, keep)
-        return scaled_bmm(dropped, v, ctx.scale).view(B, H, T, D)
+    def forward(ctx, p, v, dropout_p):
+        keep, ctx.scale = draw_mask(p.shape, dropout_p)
+        ctx.save_for_backward(p, v, keep)
+        return masked(p, keep) @ (v * ctx.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q, k, v, weights, keep = ctx.saved_tensors
-        shape = g.shape
-        g = g.reshape(q.shape)
-        dropped = weights
-        dweights = scaled_bmm(g, v.mT, ctx.scale)
-        if keep is not None:
-            dropped = masked(weights, keep)
-            dweights = masked(dweights, keep)
-        dv = scaled_bmm(dropped.mT, g, ctx.scale)
-
-        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        factor = 1 / math.sqrt(q.size(-1))
-        dq = scaled_bmm(dscores, k, factor)
-        dk = scaled_bmm(dscores.mT, q, factor)
-        return dq.view(shape), dk.view(shape), dv.view(shape), None
-
-
-def scaled_bmm(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Return factor * (a @ b) in one pass, for a (N, T, S) and b (N, S, D)."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor)
+        p, v, keep = ctx.saved_tensors
+        g = g * ctx.scale
+        return masked(g @ v.mT, keep), masked(p, keep).mT @ g, None

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpt2 import IGNORE_INDEX
@@ -27,20 +28,11 @@ def aligned(rows: int) -> int:
     return rows + -rows % ALIGNED
 
 
-@torch.no_grad()
-def aligned_head(weight: Tensor) -> Tensor:
-    """Return the weight (V, C) padded with rows of zeros to (W, C), where W is `aligned(V)`.
-
-    The first call copies the weight into a larger buffer, which has room for these rows. The weight
-    becomes a view of this buffer, so later calls copy nothing.
-    """
-    rows = aligned(len(weight))
-    size = weight.size(1)
-    if weight.untyped_storage().nbytes() != rows * size * weight.itemsize:
-        roomy = weight.new_zeros(rows, size)
-        roomy[: len(weight)] = weight
-        weight.data = roomy[: len(weight)]
-    return weight.detach().as_strided((rows, size), (size, 1), 0)
+def aligned_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a detached copy of weight (V, C) in `dtype`, with rows of zeros up to (W, C), where W
+    is `aligned(V)`."""
+    rows = aligned(len(weight)) - len(weight)
+    return F.pad(weight.detach().to(dtype), (0, 0, 0, rows))
 
 
 def card_memory(device: torch.device) -> int:
@@ -84,7 +76,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     """Compute `token_losses` of `model/kernels/loss.py`."""
     dtype = compute_dtype(hidden)
     h = hidden.to(dtype)
-    w = aligned_head(weight).to(dtype)
+    w = aligned_head(weight, dtype)
     losses = []
     likeliest = []
     for _, y, log_p in head_chunks(h, w, targets.clamp(min=0), len(weight)):
@@ -113,7 +105,7 @@ class _TiedCrossEntropy(LossAndGradient):
     def forward(ctx, hidden, weight, targets, dtype):
         ignored = (targets == IGNORE_INDEX)[:, None]  # (N, 1)
         h = hidden.to(dtype).masked_fill(ignored, 0)  # ignored rows add nothing to dL/dW
-        w = aligned_head(weight).to(dtype)
+        w = aligned_head(weight, dtype)
         log_p_of_targets = torch.empty(len(h), 1, device=h.device)  # fp32
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

@@ -12,7 +12,7 @@ from lora.inject import inject
 from model.gpt2 import GPT2, IGNORE_INDEX, GPT2Config
 from model.kernels import cpu as ops
 from model.kernels import loss as head
-from model.kernels.fast import FAST, accelerate
+from model.kernels.fast import FastDropout, set_kernels
 from tests.helpers import DEVICE, Operations
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -65,7 +65,9 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
 )
 def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided):
     inputs = (normal(*shape, seed=i, dtype=dtype, strided=strided) for i in range(3))
-    y = assert_same(lambda *qkv: ops.causal_attention(*qkv, p=0.0), plain_attention, *inputs)
+    y = assert_same(
+        lambda *qkv: ops.causal_attention(*qkv, dropout_p=0.0), plain_attention, *inputs
+    )
     assert y.dtype == dtype
 
 
@@ -82,7 +84,7 @@ def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shap
 
     def drawn(q, k, v):
         torch.manual_seed(0)
-        return ops.causal_attention(q, k, v, p=0.25)
+        return ops.causal_attention(q, k, v, dropout_p=0.25)
 
     def plain(q, k, v):
         return (plain_attention(q, k, unit.double()) * kept / 0.75) @ v
@@ -228,7 +230,7 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
 
 @pytest.mark.device
 @pytest.mark.parametrize("attn_pdrop", [0.0, 0.25])
-def test_accelerate_replaces_what_one_model_computes_and_nothing_else(monkeypatch, attn_pdrop):
+def test_fast_kernels_replace_what_one_model_computes_and_nothing_else(monkeypatch, attn_pdrop):
     """Values and gradients equal the plain model. Dropouts draw other numbers."""
     config = GPT2Config(
         vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=attn_pdrop
@@ -238,9 +240,9 @@ def test_accelerate_replaces_what_one_model_computes_and_nothing_else(monkeypatc
     inject(model, LoRAConfig(r=4))
     nn.init.normal_(model.h[0].attn.c_attn.lora_B.weight)
     fast = deepcopy(model)
-    accelerate(fast)
-    assert not any(type(m) in FAST for m in fast.modules())
-    assert any(type(m) in FAST for m in model.modules())  # the other model is unchanged
+    set_kernels(fast, "fast")
+    assert not any(type(m) is nn.Dropout for m in fast.modules())
+    assert not any(type(m) is FastDropout for m in model.modules())  # the other is unchanged
     assert fast.state_dict().keys() == model.state_dict().keys()
 
     ids = torch.arange(32, device=DEVICE).view(2, 16)

@@ -12,7 +12,6 @@ from tests.runs import arguments, contents, die, refused, run, run_acting
 from train import main
 from training import checkpoint
 from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
-from training.trainer import AdamW
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2)
 NAME = "h/0/attn/c_attn/lora_A/weight"
@@ -133,7 +132,7 @@ def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(argv, tmp_path, monkey
     def fail(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr(AdamW, "load_state_dict", fail)
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
     before = contents(tmp_path / "run")
     ending = run(main, *argv)
     assert ending.status == 1 and ending.stderr.startswith("error: out of memory; try a smaller")
