@@ -1,6 +1,5 @@
 """The exercises: every check refuses the start and accepts docs/solutions.md."""
 
-import json
 import re
 from types import SimpleNamespace
 
@@ -22,11 +21,11 @@ SOLUTIONS = re.findall(
 
 @pytest.fixture(autouse=True)
 def perplexities(monkeypatch):
-    """Take exercise 12's perplexities from the stored results, to save seconds."""
-    stored = json.loads((ROOT / "docs/figures/meeting_rank.json").read_text())["results"]
+    """Take measured perplexities for exercise 12, to save seconds."""
+    by_rank = {1: 48.9, 2: 46.7, 4: 45.0, 8: 42.5, 16: 40.5, 32: 38.3}
 
     def perplexity_of(method, r=1, **options):
-        return stored["full"]["1.5e-4"] if method == "full" else stored["alpha = 2 r"][str(r)]
+        return 41.6 if method == "full" else by_rank[r]
 
     monkeypatch.setattr(exercises, "perplexity_of", perplexity_of)
 

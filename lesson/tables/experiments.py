@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from lesson.experiments.common import spread
 from lesson.experiments.rates import vertex
 from lesson.experiments.sweep import best_rate
 from lesson.experiments.texts import FITTED
@@ -88,7 +87,6 @@ def rank_8() -> Iterator[str]:
     """Relate the numbers of one adapter on all pages: rank 8, all four layers, the book."""
     best = results("texts")["the book"]["3"]
     tuned = results("methods")["LoRA, all four layers of a block"]
-    fixed = results("regularisation")["dropout 0.05, weight decay 0.01"]
     short = next(iter(results("scaling").values()))["8"]
     five = results("targets")["c_attn, c_proj, c_fc: r = 5"]
     long = "249 steps of 2 windows"
@@ -96,8 +94,6 @@ def rank_8() -> Iterator[str]:
     yield "|---|---:|---|"
     yield f"| {long}: `--recipe best`, seed 42 | {rate(best['lr'])} | {best['best']:.1f} |"
     yield f"| {long}, the best of three rates | {rate_and_spread(tuned)} |"
-    rule = "a rate by [the rule](#the-rate-by-steps-and-passes)"
-    yield f"| {long}, {rule} | 2.7e-3 | {spread(fixed)}; seed 0: {fixed[0]:.1f} |"
     yield f"| 60 steps of 4 windows | {rate_and_spread(short)} |"
     yield f"| 60 steps of 4 windows, rank 5 | {rate_and_spread(five)} |"
 

@@ -1,6 +1,5 @@
 """The tables of the other pages."""
 
-import math
 from collections.abc import Iterator
 from statistics import mean
 from typing import Any
@@ -8,17 +7,6 @@ from typing import Any
 from benchmarks import speed
 from lesson.experiments.common import spread
 from lesson.tables.stored import benchmark, rate, results, table
-
-
-@table
-def meeting_rank() -> Iterator[str]:
-    full, growing, fixed = results("meeting_rank").values()
-    yield "| alpha | full, 1.5e-4 | full, 1e-3 | r = 1 | 2 | 4 | 8 | 16 | 32 |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    low, high = (f"{full[lr]:.1f}" for lr in ("1.5e-4", "1e-3"))
-    yield f"| 2 r | {low} | {high} | {' | '.join(f'{x:.1f}' for x in growing.values())} |"
-    one, four, sixteen = (f"{x:.1f}" for x in fixed.values())
-    yield f"| 16 | | | {one} | | {four} | {growing['8']:.1f} | {sixteen} | |"
 
 
 @table
@@ -38,24 +26,6 @@ def initialisation() -> Iterator[str]:
             assert not any(last)
             end = "**0 exactly**"
         yield f"| {start} | {' | '.join(cells)} | {end} |"
-
-
-@table
-def first_step() -> Iterator[str]:
-    mini, gpt2 = results("first_step").values()
-    yield (
-        "| trained | $s$ | move on `mini`, by formula | the same, measured "
-        "| move on GPT-2's shapes, by formula | the same, measured | fall of the loss on `mini` |"
-    )
-    yield "|---|---:|---:|---:|---:|---:|---:|"
-    yield (f"| the matrices (full fine-tuning) | | 1 | 1 | 1 | 1 | {mini['full']['gain']:,.0f} |")
-    for r, alpha in ((1, 16), (8, 16), (64, 16), (64, 128)):
-        label = f"r = {r}, alpha {alpha}"
-        cells = []
-        for found, width in ((mini, 256), (gpt2, 768)):
-            formula = alpha / r * math.sqrt(r / (3 * width))
-            cells.append(f"{formula:.3f} | {found[label]['h.0.attn.c_attn']:.3f}")
-        yield f"| {label} | {alpha / r:g} | {' | '.join(cells)} | {mini[label]['gain']:.0f} |"
 
 
 @table
