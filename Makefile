@@ -131,7 +131,7 @@ format: .venv/dev
 
 # The experiments run on mini. ARGS: the name and the options of one experiment.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
-	texts frontier targets variants methods intruders amplification spectrum step_time quantisation curves
+	texts targets variants methods intruders amplification spectrum step_time quantisation curves
 
 figures: .venv/run
 	$(if $(ARGS),@test -f lesson/experiments/$(firstword $(ARGS)).py || { \

@@ -99,31 +99,6 @@ def rank_8() -> Iterator[str]:
 
 
 @table
-def frontier() -> Iterator[str]:
-    texts = results("frontier")
-    yield (
-        "| trained | windows or examples per step | book, 1 epoch | 2 | 3 | 6 "
-        "| instructions, 1 epoch | 2 | 3 | 6 |"
-    )
-    yield "|---|" + "---:|" * 9
-    for label, runs in texts["book"].items():
-        for windows in sorted({int(name.split()[0]) for name in runs}):
-            names = [f"{windows} windows, {epochs} epochs" for epochs in (1, 2, 3, 6)]
-            cells = []
-            for text in texts.values():
-                cells += [with_seconds(text[label].get(name)) for name in names]
-            yield f"| {label} | {windows} |{'|'.join(cells)}|"
-
-
-def with_seconds(runs: list[dict[str, float]] | None) -> str:
-    """Print the perplexity (seconds) of the only seed, if these runs were made."""
-    if not runs:
-        return " "
-    [run] = runs
-    return f" {run['perplexity']:.1f} ({run['seconds']:.0f}) "
-
-
-@table
 def texts() -> Iterator[str]:
     yield (
         "| text | size | base | 1 epoch: reference | best | ladder "
