@@ -20,6 +20,7 @@ UNMEASURED = {
     "measures": 1,
     "qlora": 1,
     "real-weights": 1,
+    "speed": 1,  # two kernels, measured in one run
     "training": 2,
     "variants": 2,
 }
