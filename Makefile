@@ -130,8 +130,8 @@ format: .venv/dev
 	$(PY) -m ruff format .
 
 # The experiments run on mini. ARGS: the name and the options of one experiment.
-EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
-	texts targets variants methods intruders amplification spectrum step_time quantisation curves
+EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates \
+	texts targets variants methods spectrum step_time quantisation curves
 
 figures: .venv/run
 	$(if $(ARGS),@test -f lesson/experiments/$(firstword $(ARGS)).py || { \

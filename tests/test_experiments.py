@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lesson.experiments import (
-    amplification,
-    changes,
-    memory,
-    scaling,
-    spectrum,
-)
+from lesson.experiments import memory, scaling
 from lora.config import LoRAConfig
 from lora.layer import LoRALinear
 from training.options import ROOT
@@ -65,41 +59,6 @@ def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
     for rule, r8, r64 in zip(scaling.RULES.values(), (2, 2, 2), (0.25, 2, 2 / 8**0.5), strict=True):
         assert LoRAConfig(r=8, **rule(8)).scaling == pytest.approx(r8)
         assert LoRAConfig(r=64, **rule(64)).scaling == pytest.approx(r64)
-
-
-def test_a_change_is_compared_with_w_in_the_changes_directions():
-    """Two random directions match the expectation, and W's largest directions contain all."""
-    torch.manual_seed(0)
-    weight = torch.randn(30, 20)
-    u, s, vh = torch.linalg.svd(weight)
-
-    def ratios(b, a):
-        layer = changes.described("h.0.mlp.c_fc.weight", weight, b @ a)
-        return amplification.ratios([layer], "mlp.c_fc", rank=2, size=600) | layer
-
-    largest = ratios(u[:, :2] * s[:2] / 4, vh[:2])
-    assert largest["to its own"] == pytest.approx(1, rel=1e-5)
-    assert largest["amplification"] == pytest.approx(1 / 4, rel=1e-5)
-    assert largest["intruders"] == 0
-
-    random = [ratios(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(400)]
-    squares = [found["to random"] ** 2 for found in random]
-    assert sum(squares) / len(squares) == pytest.approx(1, rel=0.1)
-
-
-def test_similarity_is_that_of_hu_et_al():
-    """phi is 1 for equal subspaces, 0 for orthogonal ones, and independent of the basis."""
-    torch.manual_seed(0)
-    some, others = torch.randn(2, 3, 20, 12)  # three blocks each
-    v = torch.linalg.svd(some).Vh
-    w = torch.linalg.svd(others).Vh
-    found = spectrum.similarity(v, w)
-    for k in (1, 5, 12):
-        norms = [torch.linalg.matrix_norm(v[block, :k] @ w[block, :k].T) for block in range(3)]
-        by_hand = torch.stack(norms).square().mean() / k
-        torch.testing.assert_close(found[k - 1], by_hand)
-    torch.testing.assert_close(spectrum.similarity(v, -v), torch.ones(12))
-    assert spectrum.similarity(v[:, :6], v[:, 6:]).max() < 1e-6
 
 
 def test_memory_is_counted_exactly_by_hand(monkeypatch):

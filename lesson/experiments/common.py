@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -146,14 +146,12 @@ def experiment(
     draw: Draw | None,
     description: str | None,
     argv: Sequence[str] | None,
-    more: Mapping[str, Draw] | None = None,
     files: bool = False,
 ) -> dict[Any, Any]:
     """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw. If `draw`
     is None, there is no picture.
 
-    `draw` gets the stored results: text as keys, and numbers with five digits. `more` maps
-    names to further pictures of the same data.
+    `draw` gets the stored results: text as keys, and numbers with five digits.
     """
     args = parse(description, argv, name if draw else None, files)
     path = args.out / f"{name}.json"
@@ -165,9 +163,7 @@ def experiment(
         print(f"saved {path}")
 
     if draw:
-        saved = read_results(path)
-        for picture, draw_it in {name: draw, **(more or {})}.items():
-            save_figure(draw_it(saved), args.out / f"{picture}.png")
+        save_figure(draw(read_results(path)), args.out / f"{name}.png")
     return data
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from common.device import PRECISIONS
 from common.figures import INK, LORA, OTHER, scientific
-from lesson.experiments.changes import tuned
-from lesson.experiments.common import as_command, experiment, panels
+from lesson.experiments.common import as_command, experiment, panels, trainer
+from lesson.experiments.sweep import SIZE, train
 from lesson.figures import draw_at, name_line, shades
 from lora.inject import lora_layers
 
@@ -43,7 +43,8 @@ def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> 
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    made, _ = tuned("LoRA", 0, args.short)
+    made = trainer(short=args.short, lr=8e-3, **SIZE)
+    train(made)
     layers = list(lora_layers(made.model).values())
     base = layers[0].base_layer.weight.double()  # (out, in)
     torch.manual_seed(0)

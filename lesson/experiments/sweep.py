@@ -63,23 +63,15 @@ def perplexity(made: Steps) -> float:
 
 
 def learned(made: Steps) -> dict[str, float]:
-    """Train. Return the last perplexity, the least perplexity after any third of the run, and the
-    mean training loss over the last third.
-    """
+    """Train. Return the last perplexity, and the least perplexity after any third of the run."""
     total = made.total_steps
     thirds = [math.ceil(total / 3), math.ceil(2 * total / 3), total]
     found = []
-    loss = 0.0
-    tokens = 0
     for step, batch in enumerate(made.batches(), 1):
-        loss += made.step(batch).item()
-        tokens += batch.num_tokens
+        made.step(batch)
         if step in thirds:
             found.append(perplexity(made))
-            training = loss / tokens
-            loss = 0.0
-            tokens = 0
-    return {"end": found[-1], "best": min(found), "training": training}
+    return {"end": found[-1], "best": min(found)}
 
 
 def at_the_end(result: dict[str, float]) -> float:
@@ -261,10 +253,6 @@ def best_rate(runs: dict[Rate, list[Any]], score: Callable[[Any], float] = float
     most = max(len(found) for found in runs.values())
     means = {lr: mean(map(score, found)) for lr, found in runs.items() if len(found) == most}
     return min(means, key=means.__getitem__)
-
-
-def training_loss(result: dict[str, float]) -> float:
-    return result["training"]
 
 
 def scored(runs: Runs, score: Callable[[Any], float] = at_the_end) -> dict[float, list[float]]:
