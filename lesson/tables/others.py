@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from statistics import mean
-from typing import Any
 
 from benchmarks import speed
 from lesson.experiments.common import spread
-from lesson.tables.stored import benchmark, rate, results, table
+from lesson.tables.stored import benchmark, results, table
 
 
 @table
@@ -50,28 +49,6 @@ def quantised_losses() -> Iterator[str]:
         before = spread([run["base"] for run in seeds], 4)
         after = spread([run["trained"] for run in seeds], 4)
         yield f"| {kind.replace('nf', 'NF')} | {error} | {before} | {after} |"
-
-
-@table
-def other_model() -> Iterator[str]:
-    names = {"conversations": "conversations", "book": "the book"}
-    yield "| SmolLM2-135M-Instruct, 40 steps of 8 | peak learning rate | perplexity |"
-    yield "|---|---:|---:|"
-    found = results("other_model")
-    for text, name in names.items():
-        searched = found[text]["searched"]
-        yield f"| {name}: the base | | {searched[0]['base']:.1f} |"
-        lrs = ", ".join(rate(seed["lr"]) for seed in searched)
-        yield f"| the rates found, {len(searched)} seeds | {lrs} | {spread(least(searched))} |"
-        for lr, result in found[text]["other rates"].items():
-            yield f"| another rate, seed 0 | {rate(lr)} | {spread(least([result]))} |"
-    nf4 = found["book, NF4"]
-    yield f"| the rate found, base in NF4, seed 0 | {rate(nf4['lr'])} | {spread(least([nf4]))} |"
-
-
-def least(seeds: list[Any]) -> list[float]:
-    """Return the lowest perplexity of each seed's validations."""
-    return [min(seed["trained"]) for seed in seeds]
 
 
 @table
