@@ -179,7 +179,7 @@ reference: .venv/run
 	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
 		$(ARGS)
 
-# `make clean` keeps trained models (runs) and models copied by hand (.cache/hub).
+# `make clean` keeps trained models (runs).
 clean:
 	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache build \
 		*.egg-info
