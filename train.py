@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.errors import RunError, run_command
+from common.errors import LossNotFinite, run_command
 from data.windows import Batch, Dataset
 from evaluation.scores import EVAL_BATCH, Scores, evaluate
 from lora import RateSearch, adapter_disabled, find_rate
@@ -113,7 +113,7 @@ def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
             train_step(short, batch, lr)
         try:
             return validate(plan, short, held_out).loss
-        except RunError:  # the short run diverged
+        except LossNotFinite:  # the short run diverged
             return math.inf
 
     return find_rate(trainer.model, short_run)

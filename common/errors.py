@@ -19,7 +19,11 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A failure in the run itself, such as a loss that is not finite."""
+    """A failure in the run itself, such as a full disk."""
+
+
+class LossNotFinite(RunError):
+    """A loss that is infinite or not a number."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.device import Device
-from common.errors import RunError, UserError
+from common.errors import LossNotFinite, UserError
 from common.processes import ALONE, Processes
 from data.windows import Dataset
 from lora import adapter_disabled
@@ -66,7 +66,7 @@ def evaluate(
 ) -> Scores:
     """Score a whole text, or conversations. Several processes share the batches.
 
-    Raises RunError if the loss is not finite, and UserError if all targets are end-of-text tokens.
+    Raises LossNotFinite, and UserError if all targets are end-of-text tokens.
     """
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
@@ -89,7 +89,7 @@ def evaluate(
     tokens = int(count)
     loss, hits = sums.tolist()
     if not math.isfinite(loss):
-        raise RunError(
+        raise LossNotFinite(
             f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
         )
     return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)

@@ -34,8 +34,7 @@ def find_rate(
 
     `short_run(rate)` trains `model` for a few steps with this peak rate, and returns the loss on a
     text that it does not train on. `adamw_run` returns such a function. Every short run starts from
-    the present parameters and random state, and both are restored at the end (the random state of
-    the CPU and of CUDA, but not of MPS).
+    the present parameters and random state, and both are restored at the end.
 
     A model that reads a text several times learns it by heart, unless the rate is low. So if the
     whole run reads its text p times, let a short run read a few batches p times (at most about 6).
@@ -50,6 +49,9 @@ def find_rate(
     trained = trained_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     devices = list({parameter.device for parameter in trained.values() if parameter.is_cuda})
+    mps_state = None  # `fork_rng` cannot restore the random state of Apple's GPU
+    if any(parameter.is_mps for parameter in trained.values()):
+        mps_state = torch.mps.get_rng_state()
 
     def loss_at(rate: float) -> float:
         try:
@@ -60,6 +62,8 @@ def find_rate(
                 for name, parameter in trained.items():
                     parameter.copy_(start[name])
                     parameter.grad = None  # the first step after the search would add to it
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
         return loss if math.isfinite(loss) else math.inf
 
     tried = walk(loss_at, first)

@@ -24,6 +24,11 @@ def prepare_device(options: Options, device: Device) -> None:
     """Set up the device for a run. Raises UserError for options that do not fit the device."""
     device.set_tf32(options.allow_tf32)
     kind = device.torch_device.type
+    if device.precision == "fp16" and kind == "cpu" and options.kernels == "fast":
+        raise UserError(  # the scaler would multiply the gradient of the logits after its rounding
+            "--precision fp16: on a CPU, the fast loss loses small gradients; use bf16 or fp32, or "
+            "--kernels plain"
+        )
     if options.compile:
         if kind == "cpu":
             raise UserError("--compile: makes steps slower on a CPU (docs/speed.md); omit it")

@@ -71,11 +71,6 @@ class Plan:
         """Return how often, on average, the run reads a token of its training part."""
         return self.total_steps / self.steps_per_epoch * self.data.training.passes_per_epoch
 
-    @property
-    def starts_as_the_base(self) -> bool:
-        """Return whether the run begins with a new adapter, which changes nothing yet."""
-        return self.options.method == "lora" and not self.options.init_adapter
-
     def epoch_ends(self, step: int) -> bool:
         """Return whether an epoch, or the run, ends after `step` steps."""
         return step % self.steps_per_epoch == 0 or step == self.total_steps

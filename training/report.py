@@ -74,7 +74,9 @@ def advice(options: Options, report: Mapping[str, Any], losses: Sequence[float])
     twice = f"--lr {report['lr'] * 2:.2g}"
     best = report["best_val_loss"]
     if best >= report["base_val_loss"]:
-        saved = "the saved adapter changes nothing" if options.method == "lora" else "keep the base"
+        saved = "the saved model is the base"
+        if options.method == "lora":
+            saved = "the saved adapter changes nothing"
         line = f"no validation was better than the base, so {saved}; try {half}, or another text"
     elif losses[0] == best and len(losses) > 1:
         line = "the first validation was the best, so later steps did not help; try "
@@ -140,8 +142,7 @@ def draw_loss(options: Options, report: Mapping[str, Any], lines: Sequence[dict[
     figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
     axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
-    first = 0 if options.method == "lora" else 1  # full fine-tuning never saves the base
-    saved_loss, saved_step = min(zip(val_losses[first:], val_steps[first:], strict=True))
+    saved_loss, saved_step = min(zip(val_losses, val_steps, strict=True))
     ring = {"marker": "o", "color": "white", "markeredgecolor": colour, "linestyle": "none"}
     axes.plot(saved_step, saved_loss, **ring, label="saved")
     axes.axhline(

@@ -85,13 +85,13 @@ class Run:
     # Counting
 
     def keep_base(self, scores: Scores) -> None:
-        """Print and keep the base's scores on the validation part. A new adapter changes nothing,
-        so its scores are the base's, and it is the first best model.
+        """Print and keep the base's scores on the validation part. Full fine-tuning starts from the
+        base, and a new adapter changes nothing, so the start is the first best model.
         """
         self.base_val_loss = scores.loss
         self.start_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
-        if self.plan.starts_as_the_base:
+        if not self.plan.options.init_adapter:
             self._save_best(scores)
         if scores.loss > 1.01 * math.log(self.trainer.model.config.vocab_size):
             print(

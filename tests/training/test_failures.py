@@ -11,7 +11,7 @@ from tests.runs import arguments, die, finished, one_line, run_acting
 from training.checkpoint import read_checkpoint
 
 OPTIONS = ("--max-steps", 12, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
-FP16 = ("--precision", "fp16")
+FP16 = ("--precision", "fp16", "--kernels", "plain")
 
 
 @pytest.fixture

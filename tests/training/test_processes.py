@@ -19,7 +19,6 @@ import training.saver
 from benchmarks.ours import Steps
 from common.device import Device
 from common.processes import Processes
-from model.kernels import fast
 from tests import runs
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
@@ -285,10 +284,11 @@ def test_a_process_without_windows_adds_zeros_and_never_calls_the_attention(
     base, book, tmp_path, monkeypatch, alone, precision
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
-    argv = arguments("lora", base, book, tmp_path, "--precision", precision)
+    argv = arguments("lora", base, book, tmp_path, *split("--kernels plain --precision"), precision)
     made = Steps(parse_options("-", argv), Processes(number=1, count=2))
     sent = []
-    monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
+    for block in made.model.h:
+        block.attn.attention = mock.Mock(side_effect=RuntimeError("empty"))
     monkeypatch.setattr(
         Processes, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
@@ -309,7 +309,9 @@ def test_if_a_gradient_overflows_on_one_rank_both_skip_the_step(base, book, tmp_
             trained[0].grad.fill_(float("inf"))
         reduce(self, model, loss)
 
-    argv = arguments("lora", base, book, tmp_path / "run", *DROPPING, *split("--precision fp16"))
+    argv = arguments(
+        "lora", base, book, tmp_path / "run", *DROPPING, *split("--precision fp16 --kernels plain")
+    )
     overflowing = mock.patch.object(Processes, "all_reduce_gradients", overflow)
     statuses, lines = fork(tmp_path / "said", argv, argv, during=overflowing)
     assert statuses == [0, 0], lines

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from benchmarks.ours import Steps
 from benchmarks.reference import METHODS
 from common.device import Device
+from common.errors import RunError
 from common.processes import Processes
 from tests import runs
 from tests.fault.runs import differences, result
@@ -93,6 +95,26 @@ def test_a_run_killed_in_its_search_or_after_resumes_as_itself(base, book, tmp_p
     ending = run(main, *argv, "--resume")
     assert ending.status == 0 and ("found in" in ending.stdout) == (step is None)
     assert differences(tmp_path / "run", result(whole.out)) == []
+
+
+def test_an_error_in_a_short_run_ends_the_search(base, book, tmp_path, monkeypatch):
+    """Only a loss that is not finite counts as a rate that is too high."""
+
+    def lose_process(*_):
+        raise RunError("another process has ended")
+
+    monkeypatch.setattr(train, "evaluate", lose_process)
+    argv = arguments("lora", base, book, tmp_path, "--recipe", "best", "--batch-size", 4)
+    made = Steps(parse_options("-", argv))
+    with pytest.raises(RunError, match="another process has ended"):
+        train.search_rate(made.plan, made.trainer)
+
+
+def test_a_rate_that_is_far_too_high_keeps_the_base_in_full_fine_tuning(base, book, tmp_path):
+    done = trained("full", base, book, tmp_path / "run", "--max-steps", 2, "--lr", 10)
+    assert done.report["best_val_loss"] == done.report["base_val_loss"] < done.column("val_loss")[0]
+    before, after = (load_file(d / WEIGHTS["full"]) for d in (base, done.out))
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 def test_a_rate_that_is_far_too_high_leaves_the_base_as_it_is(tmp_path):

@@ -104,7 +104,9 @@ def test_in_fp16_a_resumed_run_goes_on_with_the_scale_of_its_loss(
     """The scale doubles in each step."""
     growing = partial(torch.amp.GradScaler, growth_interval=1)
     monkeypatch.setattr(torch.amp, "GradScaler", growing)
-    argv = arguments("lora", base, book, tmp_path, "--precision", "fp16", "--max-steps", 3)
+    argv = arguments(
+        "lora", base, book, tmp_path, "--precision", "fp16", "--kernels", "plain", "--max-steps", 3
+    )
     assert stop_in_step(signal.SIGINT, 2, argv).status == 130
     scales = []
     act = {3: lambda moment: scales.append(moment.scaler.get_scale())}
