@@ -83,7 +83,7 @@ def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[Tensor, Tenso
     clip = trainer.clip or math.inf  # 0: no clipping
     grad_norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr
     scaler.step(trainer.optimizer)
     scaler.update()
     trainer.optimizer.zero_grad()

@@ -10,6 +10,10 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 
+GONE = {  # options of 1.0, and what replaces them
+    "--loraplus-lr-ratio": "use --lr, one rate for A and B (docs/experiments.md#the-variants)",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake as a UserError with a message of one line."""
@@ -19,6 +23,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=first_line, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            for option in (word.partition("=")[0] for word in message.split()):
+                if option in GONE:
+                    raise UserError(f"{option} is gone in 2.0: {GONE[option]}")
         if "expected" in message:  # argparse took the value for an option
             message += "; give a value that begins with - as --option=-value"
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -24,7 +24,6 @@ from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.parameters import count_parameters, trained_parameters
-from lora.plus import loraplus_groups
 from lora.quantised import dequantise, quantise
 from lora.rate import RateSearch, adamw_run, find_rate
 from lora.save import adapter_state_dict, save_adapter
@@ -43,7 +42,6 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_layers",
-    "loraplus_groups",
     "make_layer",
     "merge",
     "quantise",

@@ -235,12 +235,6 @@ class Options:
         help="pissa: start from singular vectors of W (default: random A, zero B)",
         choices=("pissa",),
     )
-    loraplus_lr_ratio: float | None = option(
-        None,
-        number(float, 1.0, 1e4),
-        "LoRA+: multiply the learning rate of B by this factor",
-        method="lora",
-    )
     quantise: str | None = option(
         help="store the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per "
         "weight (default: none, or as in the training of --init-adapter)",

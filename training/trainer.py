@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.device import Device
 from common.processes import ALONE, Processes
-from lora import loraplus_groups, trained_parameters
+from lora import trained_parameters
 from model.gpt2 import GPT2
 from training.plan import Plan
 
@@ -33,7 +33,7 @@ class Trainer:
 
     model: Any  # GPT2, or another nn.Module
     loss: Loss
-    optimizer: torch.optim.Optimizer  # a group's `lr_scale` multiplies the learning rate
+    optimizer: torch.optim.Optimizer  # `train_step` sets the learning rate
     scaler: torch.amp.GradScaler  # scales the loss in fp16, and does nothing in other precisions
     device: Device
     processes: Processes
@@ -47,7 +47,6 @@ def make_trainer(
     processes: Processes = ALONE,
     weight_decay: float = 0.01,
     clip: float = 1.0,
-    loraplus_lr_ratio: float | None = None,
 ) -> Trainer:
     """Make a trainer for the parameters that require gradients, with the defaults of `train.py`.
 
@@ -55,13 +54,11 @@ def make_trainer(
     as in `model/gpt2.py`. Raises ValueError if no parameter requires a gradient.
     """
     device = device or Device.pick("cpu", "fp32")
-    groups = parameter_groups(model, loraplus_lr_ratio)
+    trained = list(trained_parameters(model).values())
     return Trainer(
         model,
         loss or model.loss,
-        torch.optim.AdamW(
-            groups, weight_decay=weight_decay, fused=True
-        ),  # `train_step` sets the rate
+        torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True),
         device.grad_scaler(),
         device,
         processes,
@@ -77,15 +74,4 @@ def trainer_for(plan: Plan, model: GPT2) -> Trainer:
         processes=plan.processes,
         weight_decay=plan.options.weight_decay,
         clip=plan.options.clip,
-        loraplus_lr_ratio=plan.options.loraplus_lr_ratio,
     )
-
-
-def parameter_groups(model: nn.Module, loraplus_lr_ratio: float | None) -> list[dict]:
-    """Return parameter groups for AdamW. `lr_scale` multiplies a group's learning rate. All scales
-    are 1, except for B under LoRA+.
-    """
-    if loraplus_lr_ratio is None:
-        return [{"params": list(trained_parameters(model).values()), "lr_scale": 1.0}]
-    groups = loraplus_groups(model, 1.0, loraplus_lr_ratio)
-    return [{"params": group["params"], "lr_scale": group["lr"]} for group in groups]

@@ -17,9 +17,7 @@ CHOICES: dict[str, Choice] = {
     "rsLoRA": (4e-3, {"use_rslora": True}),
     "DoRA": (8e-3, {"use_dora": True}),
     "PiSSA": (2e-3, {"init_lora_weights": "pissa"}),
-    "LoRA+, ratio 16": (1e-3, {"loraplus_lr_ratio": 16.0}),
 }
-
 
 SIZE = {"r": 8, "lora_alpha": 16, "target_modules": ALL}
 
@@ -27,10 +25,7 @@ SIZE = {"r": 8, "lora_alpha": 16, "target_modules": ALL}
 def main(argv: Sequence[str] | None = None) -> dict:
     choices = {label: (guess, SIZE | options) for label, (guess, options) in CHOICES.items()}
     title = "Which variant of LoRA? (mini, all four layers of a block, r = 8, alpha 16)"
-    caption = (
-        "60 steps of 4 windows of 128 tokens. The rate of LoRA+ is the rate of A, and the rate of "
-        "B is 16 times as high."
-    )
+    caption = "60 steps of 4 windows of 128 tokens."
     return compare("variants", title, caption, choices, __doc__, argv)
 
 

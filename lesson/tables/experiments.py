@@ -183,7 +183,6 @@ def variants() -> Iterator[str]:
         "rsLoRA": "s = 5.66, not 2 | 196,608",
         "DoRA": "trains row lengths separately | 210,432",
         "PiSSA": "starts from W's singular vectors | 196,608",
-        "LoRA+, ratio 16": "B at 16 times the rate | 196,608",
     }
     low = {name: runs.get("0.001") for name, runs in results("variants").items()}
     low["LoRA"] = results("scaling")["alpha = 16: s = 16 / r"]["8"]["0.001"]

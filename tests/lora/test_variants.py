@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from lora.config import LoRAConfig
@@ -144,11 +143,10 @@ def test_a_merge_of_any_magnitude_is_undone(magnitude):
         layer.unmerge()
 
 
-TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
+TOGETHER = "--use-dora --use-rslora --target-modules c_attn c_proj"
 # PEFT's fields for options of train.py.
 RUNS = {
     "--init-lora-weights pissa": PISSA,
-    "--loraplus-lr-ratio 16": {},
     TOGETHER: {**DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
 }
 
@@ -170,16 +168,6 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     assert named.keys() == ours.parameters.keys()
     mine = [named[name] for name in ours.parameters]  # in one order, for the gradient norm
     optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
-    if args.loraplus_lr_ratio:
-        optimizer = create_loraplus_optimizer(
-            theirs,
-            torch.optim.AdamW,
-            lr=args.lr,
-            loraplus_lr_ratio=args.loraplus_lr_ratio,
-            loraplus_weight_decay=0.01,
-            fused=True,
-        )
-    scales = [group["lr"] / args.lr for group in optimizer.param_groups]
 
     initial = {key: x.detach().clone() for key, x in raw_tensors(ours.model).items()}
     assert_equal(initial, peft.get_peft_model_state_dict(theirs))
@@ -192,8 +180,8 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
         [(inputs, targets)] = batch.micro_batches
         F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(mine, args.clip)
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = learning_rate(step, len(batches), args.lr, args.warmup_ratio) * scale
+        [group] = optimizer.param_groups
+        group["lr"] = learning_rate(step, len(batches), args.lr, args.warmup_ratio)
         optimizer.step()
         optimizer.zero_grad()
     assert_equal(raw_tensors(ours.model), peft.get_peft_model_state_dict(theirs))

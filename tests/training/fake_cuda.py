@@ -57,7 +57,6 @@ COMMANDS = (
     "lora --precision fp16 --use-dora",
     "lora --precision bf16 --use-dora --kernels plain --lora-dropout 0",
     "lora --precision bf16 --init-lora-weights pissa",
-    "lora --precision fp16 --loraplus-lr-ratio 4",
     "lora --precision bf16 --target-modules c_attn.q c_attn.v",
     "lora --precision bf16 --quantise nf4 --gradient-checkpointing",
     "lora --precision fp16 --quantise int8",

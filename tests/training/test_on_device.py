@@ -28,7 +28,6 @@ COMMANDS = (
     "lora --target-modules c_attn c_proj c_fc --use-rslora",
     "lora --use-dora",
     "lora --init-lora-weights pissa",
-    "lora --loraplus-lr-ratio 4",
     "lora --quantise nf4",
     "lora --quantise int8",
     "lora --data --block-size 64",
