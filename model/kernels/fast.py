@@ -52,4 +52,4 @@ def set_kernels(model: GPT2, kernels: str) -> None:
             module.attention = causal_attention  # type: ignore[assignment]
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, FastDropout(child.p))
+                setattr(module, name, FastDropout(child.p).train(child.training))

@@ -239,8 +239,9 @@ def test_fast_kernels_replace_what_one_model_computes_and_nothing_else(monkeypat
     model = GPT2(config).to(DEVICE)
     inject(model, LoRAConfig(r=4))
     nn.init.normal_(model.h[0].attn.c_attn.lora_B.weight)
-    fast = deepcopy(model)
+    fast = deepcopy(model).eval()
     set_kernels(fast, "fast")
+    assert not any(m.training for m in fast.modules())  # as before, so no dropout appears
     assert not any(type(m) is nn.Dropout for m in fast.modules())
     assert not any(type(m) is FastDropout for m in model.modules())  # the other is unchanged
     assert fast.state_dict().keys() == model.state_dict().keys()
