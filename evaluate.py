@@ -1,4 +1,4 @@
-"""Score a text, conversations or multiple-choice questions. Compare adapters or finished runs."""
+"""Score a text or conversations. Compare adapters or finished runs."""
 
 import argparse
 import os
@@ -16,7 +16,6 @@ from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books, text_files
 from data.windows import Dataset, Windows, check_block_size, split
-from evaluation.choices import score_questions
 from evaluation.compare import compare
 from evaluation.scores import RowLosses, evaluate, forgetting, paired_difference, row_losses
 from lora.quantised import quantisation
@@ -35,8 +34,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=about)
     about = "conversations in JSON lines. Only the completions are scored"
     source.add_argument("--data", type=Path, metavar="FILE", help=about)
-    about = "questions in JSON lines, each answered by its likeliest choice"
-    source.add_argument("--choices", type=Path, metavar="FILE", help=about)
     about = "compare finished runs and their bases in a table and a picture"
     source.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help=about)
     about = "score only this share of the text or data, taken from the end"
@@ -59,11 +56,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.compare and others != ["compare"]:
         others.remove("compare")
         raise UserError(f"--compare: takes no --{others[0].replace('_', '-')}, only runs")
-    if args.forgotten and (args.choices or not args.adapter):
+    if args.forgotten and not args.adapter:
         raise UserError("--forgotten compares an adapter with its base on a text: give --adapter")
-    if args.choices and args.adapter and len(args.adapter) > 1:
-        raise UserError("--choices is answered with one adapter: give one --adapter")
-    if (args.data or args.choices) and (args.stride or args.label_shift > 1):
+    if args.data and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if (args.stride or 1) > args.block_size:
         raise UserError(
@@ -112,11 +107,6 @@ def score(
     report: dict[str, Any] = {"base": base, "adapter": str(adapter) if adapter else None}
     if kind:
         report["quantise"] = kind
-    if args.choices:
-        fraction = args.val_fraction or 1.0
-        found = score_questions(args.choices, fraction, args.block_size, model, tokenizer, device)
-        return report | found, None
-
     several = args.adapter and len(args.adapter) > 1
     if several:
         print(f"=== {adapter}")
@@ -128,7 +118,7 @@ def refuse_input_as_output(args: argparse.Namespace) -> None:
     """Raise UserError if --json names a text, or a file of the base or the adapter."""
     if not args.json or not os.path.exists(args.json):
         return
-    inputs = [args.data, args.choices] if args.data or args.choices else text_files(texts_of(args))
+    inputs = text_files(texts_of(args))
     for directory in (args.base, *(args.adapter or ())):
         inputs += [Path(directory) / name for name in (*RUN_FILES, PICKLED_WEIGHTS)]
     for path in filter(None, inputs):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from common.errors import UserError
 
 GONE = {  # options of 1.0, and what replaces them
+    "--choices": "use lm-evaluation-harness on a merged model (docs/howto.md)",
     "--loraplus-lr-ratio": "use --lr, one rate for A and B (docs/experiments.md#the-variants)",
 }
 

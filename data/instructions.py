@@ -1,15 +1,13 @@
 """Read conversations, one per line of a JSON lines file. Only the assistant's text is scored.
 
-A line has one of three forms. Here, all three forms contain the same example:
+A line has one of two forms. Here, both forms contain the same example:
 
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
-    {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-The third form is a question in the format of `data/questions.py`. Its right choice is the
-completion. A role can also be `system`. Other roles and other keys are refused. White space around
-a text is dropped. The model reads
+A role can also be `system`. Other roles and other keys are refused. White space around a text is
+dropped. The model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -27,7 +25,6 @@ import numpy as np
 import torch
 
 from data.json_lines import read_lines, refuse_unknown
-from data.questions import question
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
 from data.windows import MOST_HELD_OUT, InputsAndTargets, shuffled, split_off
@@ -36,8 +33,8 @@ from model.gpt2 import IGNORE_INDEX
 Turn = tuple[str, str]  # a name, such as "User", and a text
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 FORMS = (
-    'the texts "prompt" and "completion", a question with "choices", or "messages", a list of '
-    '{"role": "user", "assistant" or "system", "content": text}'
+    'the texts "prompt" and "completion", or "messages", a list of {"role": "user", "assistant" '
+    'or "system", "content": text}'
 )
 # A Jinja template for transformers and llama.cpp. `generation` marks the scored text.
 CHAT_TEMPLATE = """\
@@ -190,19 +187,15 @@ def read_turns(example: dict) -> list[Turn]:
 
 
 def _messages(example: dict) -> list[dict]:
-    """Return the messages of an example in any of the three forms."""
+    """Return the messages of an example in either form."""
     if "messages" in example:
         refuse_unknown(example, {"messages"}, FORMS)
         return example["messages"]
-    if "choices" in example:
-        asked = question(example)
-        prompt = asked.prompt
-        completion = asked.choices[asked.answer]
-    else:
-        refuse_unknown(example, {"prompt", "completion"}, FORMS)
-        prompt = example["prompt"]
-        completion = example["completion"]
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    refuse_unknown(example, {"prompt", "completion"}, FORMS)
+    return [
+        {"role": "user", "content": example["prompt"]},
+        {"role": "assistant", "content": example["completion"]},
+    ]
 
 
 def _turn(message: dict) -> Turn:

@@ -138,6 +138,7 @@ MISTAKES = [
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
     ("evaluate --device mps", "--device mps: this machine"),
+    ("evaluate --choices x.jsonl", "--choices is gone in 2.0: use lm-evaluation-harness"),
     ("lora --loraplus-lr-ratio=16", "--loraplus-lr-ratio is gone in 2.0: use --lr"),
 ]
 

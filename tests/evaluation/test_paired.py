@@ -85,7 +85,6 @@ def test_what_cannot_be_compared_is_refused(base, adapters, text):
     argv = ("--base", base, "--adapter", *adapters, "--block-size", BLOCK, "--device", "cpu")
     line = one_line(run(evaluate.main, *argv, "--text", text, "--val-fraction", 0.1), 2)
     assert "more than one window" in line
-    assert "one adapter" in one_line(run(evaluate.main, *argv, "--choices", text), 2)
 
     tokens = torch.tensor([3, 4])
     first = RowLosses(torch.ones(2, dtype=torch.float64), tokens)

@@ -38,7 +38,6 @@ from benchmarks.ours import Steps, options
 from common.device import PRECISIONS, Device
 from common.errors import first_line
 from common.processes import Processes
-from evaluation.choices import score_choices
 from evaluation.scores import forgetting
 from lora import find_rate, merge, unmerge
 from lora.tensors import tensor_bytes
@@ -251,8 +250,7 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
 
 
 def check_between_steps(made: Steps, ids: Tensor) -> None:
-    """Embed in evaluation, store the tensors of a checkpoint and of a file, search the rate, and
-    choose between the rows of --data."""
+    """Embed in evaluation, store the tensors of a checkpoint and of a file, and search the rate."""
     with Watch() as watch, made.device.autocast(), torch.no_grad():
         made.model.embed(ids, ids)
     assert made.device.dtype in watch.floats, "scoring does not round the embeddings"
@@ -269,10 +267,6 @@ def check_between_steps(made: Steps, ids: Tensor) -> None:
     with mock.patch.object(torch.random, "fork_rng", return_value=nullcontext()) as fork:
         find_rate(made.model, lambda rate: rate)
     assert fork.call_args == mock.call([ids.device]), "the search keeps the GPU's draws"
-    if made.options.data:
-        with Watch():
-            sums, counts = score_choices(made.model, made.data.validation, made.device)
-        assert sums.is_cpu and counts.is_cpu, "a choice's sum and count are on two devices"
 
 
 def check_merge(model: nn.Module) -> None:
