@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.layer import LoRALinear, check_linear, without_autocast
+from lora.guards import check_linear, in_precision_of, without_autocast
+from lora.layer import LoRALinear
 
 
 class DoRALinear(LoRALinear):
@@ -37,7 +38,7 @@ class DoRALinear(LoRALinear):
         weight = self.base_layer.weight  # read once, because a quantised layer decodes it
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            base = F.linear(x, self.in_adapter_precision(weight))  # W dropout(x)
+            base = F.linear(x, in_precision_of(self.lora_A.weight, weight))  # W dropout(x)
         elif self.base_layer.bias is not None:
             base = y - self.base_layer.bias  # W x, because y = W x + b
         else:

@@ -1,13 +1,14 @@
-"""Guards for models of other projects: find the layers that must not be adapted.
+"""Guards for models of other projects: find the layers that must not be adapted or merged.
 
 An update of such a layer would change another module too, or would be lost, because the model reads
 the layer's weight and does not call the layer. In a mixture of experts, PEFT would misread the
-adapter's file.
+adapter's file. `lora/probe.py` finds what a model's structure does not show.
 """
 
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from lora.config import ALL_LINEAR, LoRAConfig
 WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 # These modules use the weights of their linear layers without calling the layers' `forward`.
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# In transformers, Mamba's mixers do so with one layer, which is named here by the mixer's class.
-READ_LAYERS = {"MambaMixer": "dt_proj", "FalconMambaMixer": "dt_proj", "JambaMambaMixer": "dt_proj"}
 # For each family of models: names of layers that PEFT mistakes for experts. If a target has such a
 # name, PEFT adapts a parameter of the mixture of experts instead, such as the experts' 3-D weight.
 # PEFT does so even if the target is a dense layer or a shared expert (`_MOE_TARGET_MODULE_MAPPING`
@@ -30,9 +29,6 @@ EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
-# PEFT refuses an adapter of such a layer in these families (`_check_lora_target_modules_mamba`).
-REFUSED_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-REFUSED_LAYER = "out_proj"
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -107,11 +103,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, tensor
 
 
-def reads_weight(parent: nn.Module, layer: str) -> bool:
-    """Return whether a module of transformers uses the weight of its layer without a call."""
-    return READ_LAYERS.get(type(parent).__name__) == layer
-
-
 def refuse_unfit(target: str, name: str, model: nn.Module) -> None:
     """Raise ValueError if the module `name`, which the target matches, cannot be adapted."""
     refused = f"target module {target!r} is refused:"
@@ -126,10 +117,130 @@ def refuse_unfit(target: str, name: str, model: nn.Module) -> None:
     if module.weight.is_meta and hasattr(module, "_hf_hook"):
         raise ValueError(f"{refused} accelerate has offloaded {name}; adapt the model before that")
 
-    above, _, last = name.rpartition(".")
-    parent = model.get_submodule(above)
-    if isinstance(parent, READ_WEIGHTS) or reads_weight(parent, last):
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, READ_WEIGHTS):
         raise ValueError(f"{refused} {type(parent).__name__} bypasses the forward of {name}")
+
+
+def check_adaptable(layer: nn.Linear) -> torch.device:
+    """Return the layer's device. Raises ValueError if A and B cannot be added to the layer."""
+    stored = next(chain(layer.parameters(), layer.buffers()))  # `weight` may have to be decoded
+    if stored.is_complex():
+        raise ValueError("the weight is complex, but A and B are real; leave out the layer")
+    return stored.device
+
+
+def check_mergeable(layer: nn.Linear) -> None:
+    """Raise ValueError as `stored_weight` does, or if an update of W would be lost. In bf16, adding
+    a small update to W would round it away, and torch ignores a change on the meta device."""
+    weight = stored_weight(layer)
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device, or offloaded by accelerate; load it")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the weight is in {weight.dtype}, and merging into it would round part of the "
+            "update away; convert the model to fp32 before merging"
+        )
+
+
+def stored_weight(layer: nn.Linear) -> nn.Parameter:
+    """Return W, for in-place changes. Raises ValueError unless the layer computes W x + b, and
+    stores W as a parameter.
+    """
+    check_linear(layer)
+    if not isinstance(layer.weight, nn.Parameter):
+        raise ValueError(
+            "the weight is computed from other tensors, so a change to the weight would be lost; "
+            "`dequantise` the model, or remove a parametrization (weight_norm) before `inject`"
+        )
+    return layer.weight
+
+
+def check_linear(layer: nn.Linear) -> None:
+    """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
+
+    A subclass of `nn.Linear` may override `forward` and still compute W x + b. Such a subclass sets
+    the class attribute `computes_linear = True`. The package accelerate replaces the `forward` of a
+    layer object, in order to move x to the layer's device, and sets `_hf_hook`.
+    """
+    refuse_hooks(layer)
+    kind = type(layer)
+    in_class = kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False)
+    in_object = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    if in_class or in_object:
+        raise ValueError(
+            f"{kind.__name__} overrides forward, which may compute something other than W x + b; "
+            "use plain LoRA, and do not merge"
+        )
+
+
+def refuse_hooks(layer: nn.Module) -> None:
+    """Raise ValueError if the layer has forward hooks, which may change x or the output, and which
+    would be lost with the layer."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(
+            f"{type(layer).__name__} has a forward hook, which may change x or the output; "
+            "remove the hook, or use plain LoRA, and do not merge"
+        )
+
+
+def refuse_merged(layer: Any, *_: object) -> None:
+    """Raise ValueError if a LoRA layer is merged. Called before its state dict is taken or loaded.
+
+    A merged layer's state dict would contain the update twice, in W and as A and B. Loading a state
+    dict into a merged layer would set W to a weight without the update, and `unmerge` would then
+    subtract the update from this weight.
+    """
+    if layer.merged:
+        raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")
+
+
+class DescriptionOfWeight(Tensor):
+    """A part of W for code that reads `weight.dtype` or `weight.device`. Raises ValueError if the
+    code computes with it, because the result would lack the update."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":  # not an attribute
+            raise ValueError(
+                "the model computes with `weight` of a LoRA layer, which lacks the update; "
+                "call the layer, or leave it out of target_modules (`lora.probe` names it)"
+            )
+        return super().__torch_function__(  # type: ignore[no-untyped-call]
+            func, types, args, kwargs
+        )
+
+
+def describe_weight(layer: nn.Linear) -> Tensor:
+    """Return a tensor with W's dtype and device, without rows, (0, in), which refuses computations.
+
+    A quantised layer stores `no_rows`, because reading its `weight` would decode W.
+    """
+    no_rows = getattr(layer, "no_rows", None)
+    rows: Tensor = layer.weight[:0] if no_rows is None else no_rows
+    return rows.as_subclass(DescriptionOfWeight)
+
+
+def weighted_sum(tensor: Tensor) -> float:
+    """Return a sum that also differs if two numbers change places. The weights are 1 to 2."""
+    values = tensor.detach().cpu().double().flatten()
+    weights = torch.linspace(1, 2, len(values), dtype=torch.float64)
+    return (values * weights).sum().item()
+
+
+def in_precision_of(weight: Tensor, x: Tensor) -> Tensor:
+    """Return x in the precision of a weight of the adapter. Under autocast, leave the cast to each
+    matmul, which is faster. But autocast does not cast fp64."""
+    may_be_cast = not x.is_meta and x.dtype != torch.float64
+    if may_be_cast and torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Return a context for products of weights, which autocast around the caller would round."""
+    device = tensor.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
@@ -150,19 +261,15 @@ def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[st
 
 
 def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """Return a message if PEFT would mistake an adapted layer for experts, or would refuse it.
-    Otherwise return None."""
+    """Return a message if PEFT would mistake an adapted layer for experts. Otherwise return
+    None."""
     expert_names = _expert_names(model)
-    refused = (REFUSED_LAYER,) if _family(model) in REFUSED_FAMILIES else ()
     for name in layers:
-        last = name.rpartition(".")[2]
-        if last in expert_names:
+        if name.rpartition(".")[2] in expert_names:
             return (
                 f"PEFT would mistake {name} for the experts and lose the update; choose "
                 f"target_modules without {', '.join(expert_names)}"
             )
-        if last in refused:
-            return f"PEFT refuses {name}; choose target_modules without {last}"
     return None
 
 
@@ -183,9 +290,5 @@ def _expert_names(model: Any) -> tuple[str, ...]:
     """Return the names in `EXPERT_NAMES` for the model's family in transformers, otherwise ()."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return EXPERT_NAMES.get(families.get(_family(model), ""), ())
-
-
-def _family(model: Any) -> str:
-    """Return the name of the model's family in transformers, such as "mamba2", otherwise ""."""
-    return getattr(getattr(model, "config", None), "model_type", "")
+    family: str = getattr(getattr(model, "config", None), "model_type", "")
+    return EXPERT_NAMES.get(families.get(family, ""), ())

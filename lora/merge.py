@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from lora.guards import tied_modules
+from lora.guards import refuse_hooks, tied_modules
 from lora.inject import errors_that_name, lora_layers
-from lora.layer import refuse_hooks
 
 
 def merge(model: nn.Module) -> None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.layer import LoRALinear, stored_weight, without_autocast
+from lora.guards import in_precision_of, stored_weight, without_autocast
+from lora.layer import LoRALinear
 
 
 class PiSSALinear(LoRALinear):
@@ -66,7 +67,7 @@ class PiSSALinear(LoRALinear):
         if not self.enabled:
             return y
         saved = self.saved_tensors()
-        h = F.linear(self.in_adapter_precision(x), saved["lora_A.weight"])  # (..., 2 r)
+        h = F.linear(in_precision_of(self.lora_A.weight, x), saved["lora_A.weight"])  # (..., 2 r)
         return (y + F.linear(h, saved["lora_B.weight"]) * self.scaling).to(y.dtype)
 
     @torch.no_grad()

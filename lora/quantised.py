@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.config import ALL_LINEAR, LoRAConfig
+from lora.guards import check_linear
 from lora.inject import errors_that_name
-from lora.layer import check_linear
 from lora.targets import find_targets
 
 FP32 = torch.float32  # of levels and scales, whatever torch's default dtype is
@@ -109,7 +109,7 @@ class QuantisedLinear(nn.Linear):
 
     kind: str  # the name of the subclass in options and files
     computes_linear = True
-    no_rows: Tensor  # (0, in), in the dtype and on the device of the model. See `LoRALinear.weight`
+    no_rows: Tensor  # (0, in), in the dtype and on the device of the model. See `describe_weight`
 
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate W

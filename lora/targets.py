@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from lora.config import ALL_LINEAR, LoRAConfig
-from lora.guards import inner_model, reads_weight, refuse_unfit, tied_modules
+from lora.guards import inner_model, refuse_unfit, tied_modules
 from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 
@@ -38,9 +38,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     `layers_to_transform`, an end of a name matches only in the blocks with these numbers.
     `layers_pattern` names the list of blocks, such as `h`.
 
-    "all-linear" means every linear layer except tied layers, the layers of `READ_LAYERS`, and the
-    head that a model of transformers names (`get_output_embeddings`). In any other model, an untied
-    head is like every other layer.
+    "all-linear" means every linear layer except tied layers, and the head that a model of
+    transformers names (`get_output_embeddings`). In any other model, an untied head is like every
+    other layer.
 
     Raises ValueError if a target or block matches nothing, if a target cannot be adapted, if the
     model has an adapter already, or if it is wrapped for parallel training or torch.compile.
@@ -97,8 +97,7 @@ def _refuse_model(model: nn.Module) -> None:
 def _all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
 ) -> list[str]:
-    """Return the PEFT names of the layers that "all-linear" means in PEFT, except tied layers and
-    layers without a call, which PEFT adapts without an effect.
+    """Return the PEFT names of the layers that "all-linear" means in PEFT, except tied layers.
 
     In a model from the transformers library, PEFT leaves out the head, and counts Conv1D layers as
     linear.
@@ -108,9 +107,7 @@ def _all_linear(
     matches = []
     for name, module in modules.items():
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        above, _, last = name.rpartition(".")
-        is_called = not reads_weight(modules.get(above, model), last)
-        if is_linear and is_called and module is not head and name not in tied:
+        if is_linear and module is not head and name not in tied:
             matches.append(name)
     return matches
 

@@ -149,7 +149,7 @@ def output(model: nn.Module, case: Case) -> Tensor:
 
 def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
     """Return the model with our adapter and with PEFT's adapter, from one seed."""
-    fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
+    fields = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1} | fields
     ours = make(case)
     torch.manual_seed(3)
     inject(ours, LoRAConfig(target_modules=targets, **fields))

@@ -50,7 +50,7 @@ def pair(
     torch.manual_seed(0)
     made, fields = KINDS[kind]
     linear = nn.Linear(*shape, dtype=dtype)
-    config = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0} | config | fields
+    config = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0} | config | fields
     ours = made(deepcopy(linear), LoRAConfig(**config))
     ours.base_layer.requires_grad_(False)
     peft_config = peft.LoraConfig(target_modules=["0"], **config)

@@ -58,10 +58,12 @@ def test_the_config_and_the_model_need_no_other_file(path):
     assert imported(ROOT / path) == set()
 
 
-def test_the_layer_needs_only_the_config():
-    nodes = ast.walk(ast.parse((ROOT / "lora/layer.py").read_text()))
-    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names == {"typing", "torch", "lora.config"}
+def test_the_layer_needs_only_the_config_and_the_guards():
+    names = set()
+    for file in ("lora/layer.py", "lora/guards.py"):
+        nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name.startswith("lora")} == {"lora.config", "lora.guards"}
 
 
 def test_lora_imports_nothing_but_lora():

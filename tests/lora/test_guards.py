@@ -133,19 +133,16 @@ def test_an_adapter_that_has_changed_since_the_merge_is_not_unmerged(fields):
     merge(model)
     average = AveragedModel(model)
     average.update_parameters(model)
-    unmerge(deepcopy(model))
-    with torch.no_grad():
-        trained_parameters(model)["1.lora_B.weight"] += 1e-3
+    copy = deepcopy(model)
+    unmerge(copy)
+    assert relative_difference(copy(X), expected) < 1e-5
+    b = trained_parameters(model)["1.lora_B.weight"]
+    b.data = b.data.roll(1)  # the sum and the version of the tensor stay
     average.update_parameters(model)
     for changed in (model, average):
-        with pytest.raises(ValueError, match=r"1: A or B has changed since the merge"):
+        with pytest.raises(ValueError, match=r"A or B has changed since the merge"):
             unmerge(changed)
-        assert all(layer.merged for layer in lora_layers(changed).values())
-    with torch.no_grad():
-        trained_parameters(model)["1.lora_B.weight"].copy_(model[1].merged_values[-1])
-    if not fields:  # the order of values is A, B
-        unmerge(model)
-        assert relative_difference(model(X), expected) < 1e-5
+        assert lora_layers(changed).popitem()[1].merged
 
 
 class Nested(nn.Module):

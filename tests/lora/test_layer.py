@@ -14,7 +14,7 @@ from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
 DROPOUT = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3}
-RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
+RSLORA = {"r": 4, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": True}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def stock(directory):
 @torch.no_grad()
 def assert_same_logits(ours, theirs, base):
     expected = theirs(IDS).logits
-    assert relative_difference(ours(IDS), expected) < 1e-6
+    assert relative_difference(ours(IDS), expected) < 1e-5
     assert relative_difference(expected, stock(base)(IDS).logits) > 0.01  # the adapter counts
 
 

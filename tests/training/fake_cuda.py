@@ -273,7 +273,7 @@ def check_merge(model: nn.Module) -> None:
     """Merge and unmerge inside autocast, which must not round the update."""
     with Watch() as watch, torch.autocast("cuda", torch.bfloat16):
         merge(model)
-        model.to("cpu")  # but not `merged_values`
+        model.to("cpu")
         unmerge(model)
     assert watch.factors == {torch.float32}, f"merging multiplies {watch.factors}"
 
