@@ -194,6 +194,7 @@ def trained(bug: Bug | None, seed: int, short: bool) -> dict[str, Any]:
         used = run
         if bug:
             use = {"EPOCHS": 0, "LoRALinear": bug.layer_of_use, "load_file": load_in_fp32}
+            use["save_adapter"] = lambda model: None  # keeps the adapter
             used = page_run([], settings | use)  # loads the adapter, and reports it
     found = {"losses": run["losses"], "shown": run["adapter"], "used": used["adapter"]}
     print(f"{bug.name if bug else 'right'}, seed {seed}: {found['shown']:.2f}, {found['used']:.2f}")
