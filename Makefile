@@ -5,7 +5,6 @@
 # make compare               a table and a figure of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
 # make explore               a local web page that shows what the adapter learned
-# make sweep                 train each combination of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"
 # make parity                compare this project with PEFT and transformers, number by number
 # make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
 # make gpu-check             check everything on a GPU (docs/scaling.md; ARGS=--dry-run: on the CPU)
@@ -26,9 +25,9 @@
 # BOOK          a text file or a directory of .txt files (several: ARGS="--book a.txt b.txt")
 # DATA          conversations in JSON lines, in place of BOOK
 # OUT           the directory to write
-# METHOD        of sweep and estimate: lora or full
+# METHOD        of estimate: lora or full
 # RECIPE        LoRA's settings: reference or best
-# LR, R, SEEDS  train.py's --lr, --r and --seed (of sweep: one or several values)
+# LR, R, SEEDS  train.py's --lr, --r and --seed
 # ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
 # ARGS          any further options of the command
 
@@ -56,7 +55,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup one-page train-lora train-full estimate compare generate explore notebook \
-	figures test test-lowest lint format parity sweep bench gpu-check example reference fault clean
+	figures test test-lowest lint format parity bench gpu-check example reference fault clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -100,9 +99,6 @@ generate: .venv/run
 
 explore: .venv/run
 	$(PY) -m lesson.explore --base "$$_BASE" "$$_ADAPTER" $(ARGS)
-
-sweep: .venv/run
-	$(PY) -m training.sweep $(or $(METHOD),lora) $(TRAIN_OPTIONS)
 
 test: .venv/dev
 	$(PY) -m pytest -q -n logical --dist worksteal $(ARGS)
@@ -178,6 +174,10 @@ gpu-check: .venv/dev
 reference: .venv/run
 	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
 		$(ARGS)
+
+# Targets of 1.0.
+sweep:
+	@echo "error: make $@ is gone in 2.0: use a shell loop and make compare (docs/howto.md)" >&2; exit 2
 
 # `make clean` keeps trained models (runs).
 clean:

@@ -10,10 +10,17 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 
-GONE = {  # options of 1.0, and what replaces them
+GONE = {  # options and commands of 1.0, and what replaces them
     "--choices": "use lm-evaluation-harness on a merged model (docs/howto.md)",
     "--loraplus-lr-ratio": "use --lr, one rate for A and B (docs/experiments.md#the-variants)",
+    "python -m training.sweep": "use a shell loop and evaluate.py --compare (docs/howto.md)",
 }
+
+
+def refuse_gone(word: str) -> None:
+    """Raise UserError for an option or a command that is in `GONE`."""
+    if word in GONE:
+        raise UserError(f"{word} is gone in 2.0: {GONE[word]}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,9 +32,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
-            for option in (word.partition("=")[0] for word in message.split()):
-                if option in GONE:
-                    raise UserError(f"{option} is gone in 2.0: {GONE[option]}")
+            for word in message.split():
+                refuse_gone(word.partition("=")[0])
         if "expected" in message:  # argparse took the value for an option
             message += "; give a value that begins with - as --option=-value"
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -37,7 +37,9 @@ def compare(paths: Sequence[Path]) -> None:
     """Print a table of finished runs and their bases. Draw compare.png in the directory that
     contains the first run's directory.
     """
-    directories = [path for path in paths if not path.is_file()] or paths  # sweep/* names sweep.md
+    directories = [
+        path for path in paths if not path.is_file()
+    ] or paths
     groups: dict[str, list[Entry]] = {}
     for directory in directories:
         run = read_run(directory)

@@ -7,6 +7,8 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,11 +19,11 @@ import evaluate
 import generate
 import train
 from adapters import merge
-from common.cli import Interval, steps_or_seconds
+from common.cli import GONE, Interval, steps_or_seconds
 from common.errors import run_command
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run, story, trained
-from training.options import flag, options_of
+from training.options import ROOT, flag, options_of
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
 COMMANDS = {
@@ -138,8 +140,6 @@ MISTAKES = [
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
     ("evaluate --device mps", "--device mps: this machine"),
-    ("evaluate --choices x.jsonl", "--choices is gone in 2.0: use lm-evaluation-harness"),
-    ("lora --loraplus-lr-ratio=16", "--loraplus-lr-ratio is gone in 2.0: use --lr"),
 ]
 
 
@@ -151,6 +151,19 @@ def test_mistakes_are_named_in_one_line(name, monkeypatch):
     assert of_this_command
     for line, word in of_this_command:
         assert word in refusal(line), line
+
+
+@pytest.mark.parametrize("word", [*GONE, "make sweep"])
+def test_an_option_or_command_of_1_0_names_what_to_use(word):
+    if word.startswith("--"):
+        ended = run(train.main, "lora", f"{word}=1")
+        status = ended.status
+    else:
+        command = word.replace("python", sys.executable).split()
+        ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+        status = ended.returncode
+    assert status == 2
+    assert ended.stderr.startswith(f"error: {word} is gone in 2.0: use ")
 
 
 def test_a_directory_without_permission_is_named_in_one_line(monkeypatch):

@@ -101,8 +101,8 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
 
 
 def test_files_beside_the_runs_are_left_out(runs, tmp_path):
-    (tmp_path / "sweep.md").touch()  # `sweep/*` also matches files
-    (_, _, *rows), _ = compare(runs["lora"].out, tmp_path / "sweep.md")
+    (tmp_path / "compare.png").touch()  # `runs/*` also matches files
+    (_, _, *rows), _ = compare(runs["lora"].out, tmp_path / "compare.png")
     assert [row[0] for row in rows] == [rows[0][0], f"lora ({runs['lora'].out})"]
 
 

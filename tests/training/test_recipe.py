@@ -1,7 +1,6 @@
 """The recipes: their settings, the user's overriding options, and the fields in `run.json`."""
 
 import json
-from argparse import Namespace
 from collections import Counter
 from shlex import split
 from unittest import mock
@@ -20,7 +19,6 @@ from tests import runs
 from tests.fault.runs import differences, result
 from tests.runs import WEIGHTS, arguments, one_line, run, run_acting, trained
 from train import main
-from training import sweep
 from training.options import BOOK, parse_options
 from training.plan import make_plan
 from training.report import advice
@@ -193,10 +191,3 @@ def test_the_defaults_are_those_of_the_reference_run(method):
     reference = vars(parse_options("-", [method, *split(METHODS[method])]))
     different = {name for name in default if default[name] != reference[name]}
     assert different == {"block_size", "stride", "label_shift", "precision", "clip"}
-
-
-def test_a_sweep_leaves_the_rate_to_the_recipe(tmp_path):
-    asked = Namespace(method="lora", lr=None, r=[4], seed=[1], out=tmp_path)
-    (best,) = sweep.plan(asked, ["--recipe", "best"])
-    (plain,) = sweep.plan(asked, [])
-    assert (best.name, plain.name) == ("r=4,seed=1", "lr=0.0003,r=4,seed=1")
