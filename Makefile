@@ -1,7 +1,6 @@
 # make one-page              the whole job in one file to read: one_page.py
 # make train-lora            fine-tune the base on the book with LoRA
 # make train-full            full fine-tuning of the base on the book
-# make estimate             the time and memory that train-lora would take here, in seconds
 # make compare               a table and a figure of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
 # make explore               a local web page that shows what the adapter learned
@@ -25,13 +24,12 @@
 # BOOK          a text file or a directory of .txt files (several: ARGS="--book a.txt b.txt")
 # DATA          conversations in JSON lines, in place of BOOK
 # OUT           the directory to write
-# METHOD        of estimate: lora or full
 # RECIPE        LoRA's settings: reference or best
 # LR, R, SEEDS  train.py's --lr, --r and --seed
 # ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
 # ARGS          any further options of the command
 
-.NOTPARALLEL: # `make train-lora train-full compare` runs in this order, even with -j
+.NOTPARALLEL: # `make train-lora train-full estimate compare` runs in this order, even with -j
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= auto
@@ -87,9 +85,9 @@ train-lora: .venv/run
 train-full: .venv/run
 	$(PY) train.py full $(TRAIN_OPTIONS)
 
-# Time some steps, and write no file. The variables are those of train-lora.
-estimate: .venv/run
-	$(PY) -m benchmarks.estimate $(or $(METHOD),lora) $(TRAIN_OPTIONS)
+estimate: # gone since version 2
+	@echo 'error: make estimate is gone; make train-lora ARGS="--max-steps 20" prints tokens per second' >&2
+	@exit 2
 
 compare: .venv/run
 	$(PY) evaluate.py --compare $(or $(RUNS),runs/lora runs/full) $(ARGS)

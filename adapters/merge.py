@@ -15,7 +15,6 @@ from common.files import new_directory, open_file, refuse_existing
 from data.tokenizer import TEMPLATE
 from lora import lora_layers, merge, unwrap
 from lora.quantised import dequantise
-from storage.card import merge_card, save_card
 from storage.hf_compat import save_tokenizer
 from storage.hub import find_adapter
 from storage.weights import save_gpt2
@@ -49,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
         save_tokenizer(tokenizer, directory, model.config.n_positions, template)
-        name = args.out.resolve().name
-        card = merge_card(name, base, kind, bool(args.adapter), args.precision)
-        save_card(directory, card)
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
 

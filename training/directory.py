@@ -14,7 +14,6 @@ from common.errors import RunError, UserError
 from common.files import remove_stale
 from data.tokenizer import FILES as TOKENIZER_FILES
 from lora.save import WEIGHTS as ADAPTER_WEIGHTS
-from storage.card import CARD, is_ours
 from storage.runs import RUN, read_run
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.checkpoint import CHECKPOINT, PREVIOUS
@@ -31,11 +30,10 @@ MODEL_FILES = (
     "generation_config.json",
     *TOKENIZER_FILES,
 )
-# All files that a run writes, except the model card, which the user may have edited. `--overwrite`
-# removes these files in this order. run.json is removed first, so that a half-removed run does not
-# count as finished. metrics.jsonl is emptied last. If the removal is interrupted before
-# metrics.jsonl is emptied, the directory still counts as a run, so it is accepted with
-# `--overwrite` or `--resume`.
+# All files that a run writes. `--overwrite` removes these files in this order. run.json is removed
+# first, so that a half-removed run does not count as finished. metrics.jsonl is emptied last. If
+# the removal is interrupted before that, the directory still counts as a run, so it
+# is accepted with `--overwrite` or `--resume`.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # files with these names come only from runs
 
@@ -157,7 +155,7 @@ class RunDirectory:
             reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
             raise UserError(f"{self.metrics}: cannot be written ({reason})") from error
         self._lock()
-        remove_stale(out, (*RUN_FILES, CARD))
+        remove_stale(out, RUN_FILES)
 
     def _lock(self) -> None:
         try:
@@ -189,8 +187,6 @@ class RunDirectory:
         for name in RUN_FILES:
             if name != METRICS:
                 (self.out / name).unlink(missing_ok=True)
-        if is_ours(self.out / CARD):
-            (self.out / CARD).unlink()
         os.ftruncate(self.file, 0)
 
     def append(self, metrics: dict[str, Any]) -> None:

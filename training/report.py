@@ -1,4 +1,4 @@
-"""Write the report of a run: `run.json`, `loss.png`, the model card, and the last lines printed."""
+"""Write the report of a run: `run.json`, `loss.png`, and the last lines printed."""
 
 import json
 import shlex
@@ -15,7 +15,6 @@ from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, sci
 from common.files import open_file, write_json
 from evaluation.scores import perplexity
 from lora import count_parameters
-from storage.card import run_card, save_card
 from storage.runs import RUN
 from training.directory import METRICS
 from training.options import REFERENCE, Options
@@ -40,7 +39,7 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def write_report(options: Options, report: dict[str, Any]) -> None:
-    """Write the model card and `run.json`, and draw `loss.png`."""
+    """Write `run.json`, and draw `loss.png`."""
     best = report["best_val_loss"]
     base = report["base_val_loss"]
     content = {
@@ -49,7 +48,6 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         "base_val_perplexity": perplexity(base),
         "best_val_perplexity": perplexity(best),
     }
-    save_card(options.out, run_card(options.out.resolve().name, content))
     lines = metrics_or_warning(options.out)
     draw_loss(options, report, lines)
     write_json(options.out / RUN, content)  # written last, to mark a complete run

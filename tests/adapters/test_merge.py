@@ -60,7 +60,7 @@ def test_the_command_writes_one_model(base, adapter, tmp_path):
     said = stdout_of(main, "--base", base, "--adapter", adapter, "--out", out)
     assert said == f"{base} + {adapter} -> {out}\n"
     files = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert files.keys() == {path.name for path in base.iterdir()} | {"README.md"}
+    assert files.keys() == {path.name for path in base.iterdir()}
     assert files["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
     assert relative_difference(load_gpt2(out)(IDS), model(IDS)) < 1e-5
     assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.float32}

@@ -35,7 +35,7 @@ def test_a_run_leaves_its_files_and_no_others(done):
         weights = "adapter_config.json adapter_model.safetensors"
     else:
         weights = "config.json generation_config.json model.safetensors"
-    others = "README.md run.json metrics.jsonl loss.png tokenizer.json tokenizer_config.json"
+    others = "run.json metrics.jsonl loss.png tokenizer.json tokenizer_config.json"
     checkpoints = "checkpoint.safetensors checkpoint.previous.safetensors"
     names = split(f"{others} {checkpoints} {weights}")
     assert sorted(path.name for path in done.out.iterdir()) == sorted(names)

@@ -71,9 +71,7 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
     model = "config.json generation_config.json model.safetensors"
     tokenizer = "tokenizer.json tokenizer_config.json"
-    others = (
-        f"{tokenizer} README.md notes.txt run.json metrics.jsonl loss.png {CHECKPOINT} {PREVIOUS}"
-    )
+    others = f"{tokenizer} notes.txt run.json metrics.jsonl loss.png {CHECKPOINT} {PREVIOUS}"
     assert set(contents(tmp_path)) == set(split(f"{model} {others}"))
     assert done.report["method"] == "full" and done.column("step") == [1]
 
@@ -140,7 +138,7 @@ def test_metrics_that_are_a_link_are_refused(argv, tmp_path, option, target):
 def test_what_a_killed_process_left_half_written_is_removed(argv, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, "README.md", WEIGHTS["lora"])]
+    stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, WEIGHTS["lora"])]
     for path in (*stale, out / ".notes.tmp"):
         path.write_text("half")
     assert run(main, *argv, *SHORT).status == 0

@@ -14,19 +14,16 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard, metadata_load
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
 import generate
 from adapters import merge
-from adapters.load import load_with_adapter
 from data.instructions import CHAT_TEMPLATE
-from storage.card import MARK, run_card
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
 from tests import runs as commands
-from tests.helpers import TINY, relative_difference, small_tokenizer
+from tests.helpers import TINY, small_tokenizer
 from tests.runs import arguments, die, run, run_acting, stdout_of
 from train import main as train
 from training.options import ROOT
@@ -154,41 +151,6 @@ def test_our_template_replaces_the_bases(tmp_path):
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'new' }}"
 
 
-def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
-    for method, library in (("lora", "peft"), ("full", "transformers")):
-        done = runs[method]
-        card = ModelCard.load(done.out / "README.md")
-        assert metadata_load(done.out / "README.md") == card.data.to_dict()
-        assert (card.data.library_name, card.data.license) == (library, None)
-        assert card.data.base_model is None  # the base is a directory
-        assert card.data.pipeline_tag == "text-generation" and "gpt2" in card.data.tags
-        assert "trained on book.txt" in card.text
-        for state in ("base", "best"):
-            assert f"{done.report[f'{state}_val_loss']:.4f}" in card.text
-        on_nf4 = done.report["options"] | {"quantise": "nf4"}
-        on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2", "options": on_nf4}))
-        assert on_hub.data.base_model == "openai-community/gpt2"
-        assert "openai-community/gpt2 in NF4, trained on" in on_hub.text
-        assert "in NF4" not in card.text
-    merged = ModelCard.load(chat["merged"] / "README.md")
-    assert merged.data.library_name == "transformers" and "./model/mini" in merged.text
-
-
-@torch.no_grad()
-def test_the_cards_code_loads_what_was_measured_from_any_directory(chat, tmp_path, monkeypatch):
-    card = (chat["lora"] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert '"./model/mini"' in code and "give its path on your machine" in code
-    code = code.replace("OWNER/NAME", str(chat["lora"])).replace("./model/mini", str(MINI))
-    monkeypatch.chdir(tmp_path)
-    loaded: dict = {}
-    exec(code, loaded)
-    assert loaded["model"].dtype == torch.float32
-    ids = torch.arange(5, 64)[None]
-    expected = load_with_adapter("mini", chat["lora"]).model(ids)
-    assert relative_difference(loaded["model"].eval()(ids).logits, expected) < 1e-5
-
-
 def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
     """The paths are of the run, the base, the book, the project and the home directory."""
     told = shutil.copytree(base, tmp_path / "base")
@@ -209,19 +171,5 @@ def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
             seen.add(path.name)
             data = path.read_bytes()
             assert not [needle for needle in needles if needle in data], path
-    assert {"README.md", "run.json", "checkpoint.safetensors"} < seen
+    assert {"adapter_config.json", "run.json", "checkpoint.safetensors"} < seen
     assert needles[2] in (told / "tokenizer_config.json").read_bytes()  # the search finds a path
-
-
-def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):
-    card = tmp_path / "run" / "README.md"
-    argv = arguments("lora", base, book, tmp_path / "run", "--max-steps", 2)
-    assert run(train, *argv).status == 0
-    ours = card.read_text()
-    assert run_acting({1: die}, *argv, "--overwrite").status == 130
-    assert not card.exists()  # the old card described another run
-    claimed = ours.replace(f"{MARK}\n", "")
-    card.write_text(claimed)
-    ending = run(train, *argv, "--overwrite")
-    assert ending.status == 0 and f"{card}: is not replaced" in ending.stdout
-    assert card.read_text() == claimed != ours
