@@ -29,7 +29,7 @@
 # ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
 # ARGS          any further options of the command
 
-.NOTPARALLEL: # `make train-lora train-full estimate compare` runs in this order, even with -j
+.NOTPARALLEL: # `make train-lora train-full compare` runs in this order, even with -j
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= auto
@@ -84,10 +84,6 @@ train-lora: .venv/run
 
 train-full: .venv/run
 	$(PY) train.py full $(TRAIN_OPTIONS)
-
-estimate: # gone since version 2
-	@echo 'error: make estimate is gone; make train-lora ARGS="--max-steps 20" prints tokens per second' >&2
-	@exit 2
 
 compare: .venv/run
 	$(PY) evaluate.py --compare $(or $(RUNS),runs/lora runs/full) $(ARGS)
@@ -176,6 +172,9 @@ reference: .venv/run
 # Targets of 1.0.
 sweep:
 	@echo "error: make $@ is gone in 2.0: use a shell loop and make compare (docs/howto.md)" >&2; exit 2
+estimate:
+	@echo "error: make $@ is gone in 2.0: use make train-lora ARGS='--max-steps 20'" >&2; \
+	exit 2
 
 # `make clean` keeps trained models (runs).
 clean:

@@ -153,7 +153,7 @@ def test_mistakes_are_named_in_one_line(name, monkeypatch):
         assert word in refusal(line), line
 
 
-@pytest.mark.parametrize("word", [*GONE, "make sweep"])
+@pytest.mark.parametrize("word", [*GONE, "make sweep", "make estimate"])
 def test_an_option_or_command_of_1_0_names_what_to_use(word):
     if word.startswith("--"):
         ended = run(train.main, "lora", f"{word}=1")
