@@ -94,6 +94,8 @@ def test_steps_are_those_of_plain_kernels_on_the_cpu(make, command):
         assert (losses[-1] == pytest.approx(plain[-1], rel=1e-6)) == parts_only
 
     for precision, (of_loss, of_norm, of_angle) in LIMITS.items():
+        if precision == "fp16" and DEVICE == "cpu":
+            continue  # refused with the fast kernels
         with cudas_loss():
             mine, my_gradients = steps_of(make(command, *no_dropout, "--precision", precision))
         assert mine == pytest.approx(losses, rel=of_loss), precision
