@@ -184,6 +184,28 @@ class SlicesForgetRsLoRA(Layer):
         return self.alpha / self.r if self.slices else super().scaling()
 
 
+@mistake("each_layer_draws_an_a")
+class SlicesDrawOneA(Layer):
+    def start(self):
+        super().start()
+        if self.slices:
+            self.A.data[:] = self.A.data[0].clone()
+
+
+@mistake("dropout_only_in_training")
+class LeavesEvaluation(Right):
+    def wrap(self, *args, **options):
+        return super().wrap(*args, **options).eval()
+
+
+@mistake("loading_freezes_the_base")
+class LoadingUntiesTheHead(Right):
+    def load(self, model, path, **settings):
+        super().load(model, path, **settings)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone(), False)
+        return model
+
+
 @mistake("slices_with_dropout")
 class SlicesIgnoreDropout(Layer):
     def dropout(self, x):

@@ -98,19 +98,22 @@ def start_of_a(lora: Implementation) -> None:
     expect(max(widths.values()) < 1.4 * min(widths.values()), f"A's width is {seen}")
 
 
-@robustness("Layers share one A, or draw A from the same seed.")
+@robustness("Layers or slices share one A, or draw A from the same seed.")
 def each_layer_draws_an_a(lora: Implementation) -> None:
-    """Every layer has a separate A, and the A of two layers differ at the start."""
-    models = [[lora.wrap(nn.Linear(12, 20), 4, 12, 0.0) for _ in range(2)]]
+    """Every layer and slice has a separate A, and two of them differ at the start."""
+    layers = [lora.wrap(nn.Linear(12, 20), 4, 12, 0.0) for _ in range(2)]
+    starts = {"layers": [lora.factors(layer)[0] for layer in layers]}
     if lora.has("inject"):
         model = Model()
         lora.inject(model, ["proj"], 4, 12)
-        models.append([block.proj for block in model.blocks()])
-    for layers in models:
-        first, *rest = (lora.factors(layer)[0] for layer in layers)
+        starts["blocks"] = [lora.factors(block.proj)[0] for block in model.blocks()]
+    if SLICES in supported(lora, PLAIN, SLICES):
+        a, _ = lora.factors(lora.wrap(nn.Linear(12, 24), 4, 12, 0.0, **SLICES))
+        starts["slices"] = list(a.reshape(-1, 12).split(4))
+    for what, (first, *rest) in starts.items():
         for other in rest:
-            expect(first.data_ptr() != other.data_ptr(), "two layers share A")
-            expect(off_by(first, other) > 0.1, "A of two layers is equal at the start")
+            expect(first.data_ptr() != other.data_ptr(), f"two {what} share A")
+            expect(off_by(first, other) > 0.1, f"A of two {what} is equal at the start")
 
 
 @mathematics("The base is not frozen, and is trained with the adapter.")
@@ -130,15 +133,17 @@ def base_is_frozen(lora: Implementation) -> None:
     expect_same(layer(x), base(x), "the base's output after a step")
 
 
-@mathematics("Dropout is never applied, or the argument is ignored.", "torchtune #996")
+@mathematics("Dropout is never applied, or wrapping begins in evaluation mode.", "torchtune #996")
 def dropout_only_in_training(lora: Implementation) -> None:
     """Dropout is random in training and absent in evaluation."""
-    layer = adapted(lora, dropout=0.5).layer
-    x = torch.randn(5, 12).double()
-    layer.train()
-    expect(off_by(layer(x), layer(x)) > 0.01, "two passes in training have equal outputs")
-    layer.eval()
-    expect_same(layer(x), layer(x), "a second output in evaluation")
+    layer = lora.wrap(nn.Linear(12, 20), 4, 12, 0.5)  # stays in training, as nn.Linear begins
+    draw(*lora.factors(layer))
+    x = torch.randn(5, 12)
+    for when in ("after wrapping", "after eval() and train()"):
+        expect(off_by(layer(x), layer(x)) > 0.01, f"{when}, two passes have equal outputs")
+        layer.eval()
+        expect_same(layer(x), layer(x), "a second output in evaluation")
+        layer.train()
 
 
 @mathematics("Dropout removes elements of A x, or the tokens of a batch share one mask.")
@@ -236,8 +241,7 @@ def any_input_shape(lora: Implementation) -> None:
     inputs = [torch.randn(*shape, 12).double() for shape in ((0,), (2, 0), (), (1, 1), (2, 3, 4))]
     inputs += [torch.randn(12, 5).double().T, torch.randn(3, 12, 4).double().mT]
     for x in inputs:
-        expected = x @ weight.T + shift
-        expect_same(layer(x), expected, f"the output for {tuple(x.shape)}")
+        expect_same(layer(x), x @ weight.T + shift, f"the output for {tuple(x.shape)}")
 
 
 @robustness(

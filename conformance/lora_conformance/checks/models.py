@@ -160,9 +160,7 @@ def tied_head(lora: Implementation) -> None:
 
 @robustness("Loading skips the test for a tied head, and merging changes the embedding.")
 def tied_head_of_a_loaded_adapter(lora: Implementation) -> None:
-    """An adapter of a head does not load into a model with a tied head, or is warned of, or merges
-    without a change of the embedding.
-    """
+    """An adapter of a head is refused by a tied head, or warned of, or spares the embedding."""
     model, tied = Model(tied=False), Model()
     with TemporaryDirectory() as directory:
         path = Path(directory) / "adapter"
@@ -224,5 +222,4 @@ def a_copy_is_independent(lora: Implementation) -> None:
     a, b = factors(lora, copied, 4)
     b.data *= 2
     expect_same(weight_of(one.layer, 12), before, "the original, after a change of the copy")
-    expected = one._replace(a=a, b=b).weight()
-    expect_same(weight_of(copied, 12), expected, "the copy's weight")
+    expect_same(weight_of(copied, 12), one._replace(a=a, b=b).weight(), "the copy's weight")
