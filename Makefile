@@ -3,7 +3,7 @@
 # make train-full            full fine-tuning of the base on the book
 # make compare               a table and a figure of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
-# make explore               a local web page that shows what the adapter learned
+# make explore               a web page that shows what the adapter learned: explore.html
 # make parity                compare this project with PEFT and transformers, number by number
 # make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
 # make gpu-check             check everything on a GPU (docs/scaling.md; ARGS=--dry-run: on the CPU)

@@ -1,221 +1,183 @@
-"""Show on a web page what an adapter learned: `python -m lesson.explore runs/lora`."""
+"""Write a web page that shows what an adapter learned: `python -m lesson.explore runs/lora`.
 
-import argparse
-import base64
-import hashlib
+The page is one file. It needs no server and no network: open it in a browser.
+"""
+
 import json
-import re
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler
-from itertools import chain
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from socketserver import ThreadingTCPServer
 from typing import Any
 
-from adapters.factors import refuse_model
-from common.cli import BASE_OPTION, QUANTISE_OPTION, Parser, add_device_options, number
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import generate
+from adapters.load import load_with_adapter
+from common.cli import BASE_OPTION, Parser
 from common.device import Device, tune_process
-from common.errors import UserError, describe_failure, run_command
-from lesson.explore.explorer import Explorer
+from common.errors import UserError, run_command
+from data.instructions import read_examples
+from data.tokenizer import Tokenizer
+from data.tokens import load_books
+from data.windows import split
+from lora import LoRALinear, adapter_disabled, lora_layers
+from model.gpt2 import GPT2, IGNORE_INDEX
+from storage.runs import read_run
+from training.options import BOOK
 
 PAGE = Path(__file__).with_name("page.html")
-ADDRESS = "127.0.0.1"  # other machines cannot connect
-MOST_BYTES = 1 << 16  # per request
-PATIENCE = 60  # seconds that a request waits for the previous request
+LENGTH = 150  # tokens of the passage
+NEW_TOKENS = 80  # of a continuation
+SHOWN = 5  # likeliest tokens at each position
+STRENGTHS = (0, 0.5, 1, 1.5, 2)
+DEFAULTS = {"book": [BOOK], "data": None, "val_fraction": 0.1}
 
 
-class Refusal(UserError):
-    """A refused request, with its HTTP status. A plain UserError, such as a wrong entry in a field,
-    has status 200, because browsers log any other status as an error of the page.
+def first_texts(adapter: Path, tokenizer: Tokenizer, most: int) -> tuple[str, np.ndarray]:
+    """Return a prompt, and the tokens of a passage that begins with the prompt, at most `most`.
+
+    Both come from the validation part of the adapter's run, or of data/book.txt if the run or its
+    text is missing.
     """
-
-    def __init__(self, status: int, line: str):
-        super().__init__(line)
-        self.status = status
-
-
-class Server(ThreadingTCPServer):
-    """Answer on `ADDRESS`, one computation at a time. Raises UserError for a port in use."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    explorer: Explorer
-
-    def __init__(self, port: int):
-        try:
-            super().__init__((ADDRESS, port), Handler)
-        except OSError as error:
-            raise UserError(
-                f"--port {port}: cannot be used ({error.strerror}); name another port"
-            ) from error
-        self.port = self.server_address[1]  # the chosen port, if 0 was requested
-        self.computing = threading.Lock()
-        self.page = PAGE.read_bytes()
-        self.policy = content_policy(self.page.decode())
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for the previous computation. Raises Refusal if that takes too long."""
-        if not self.computing.acquire(timeout=PATIENCE):
-            raise Refusal(503, "another computation is still running; try again")
-        try:
-            yield
-        finally:
-            self.computing.release()
-
-    def handle_error(self, *request: Any) -> None:
-        """Print the traceback of a bug. A closed page is not a bug."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(*request)
+    try:
+        return from_run(read_run(adapter)["options"], tokenizer, most)
+    except UserError:
+        return from_run(DEFAULTS, tokenizer, most)
 
 
-def content_policy(page: str) -> str:
-    """Return a Content-Security-Policy. The policy allows the page's script and style, by their
-    hashes, and requests to this server. The policy blocks everything else, such as scripts in a
-    text.
+def from_run(options: dict[str, Any], tokenizer: Tokenizer, most: int) -> tuple[str, np.ndarray]:
+    if options["data"]:  # the first validation example, whose prompt ends before the answer
+        path = Path(options["val_data"] or options["data"])
+        validation = read_examples(path, tokenizer, options["block_size"])
+        if not options["val_data"]:
+            _, validation = split(validation, options["val_fraction"])
+        ids, targets, *_ = validation[0]
+        answer = int(np.argmax(targets != IGNORE_INDEX)) + 1
+        return tokenizer.decode(ids[:answer]), ids[:most]
+    books = [Path(book) for book in options["book"]]
+    _, validation = split(load_books(books, tokenizer), options["val_fraction"])
+    text = tokenizer.decode(validation.ids[: 4 * most])
+    _, _, paragraphs = text.partition("\n\n")  # the split may cut the first paragraph
+    text = (paragraphs if paragraphs.strip() else text).strip()
+    ids = tokenizer.encode(text)[:most]
+    if len(ids) < 2:
+        raise UserError("the validation part has fewer than two tokens")
+    return " ".join(text.split()[:5]), ids
+
+
+def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str) -> str:
+    """Continue a prompt as `generate.py --max-new-tokens 80` does, with its seed."""
+    args = generate.parse_args(["--prompt=-", f"--max-new-tokens={NEW_TOKENS}"])
+    ids = tokenizer.encode(prompt)
+    return "".join(generate.stream(model, tokenizer, ids, args, generate.seeded(model, args)))
+
+
+def token_scores(rows: Tensor, ids: Tensor, model: GPT2, tokenizer: Tokenizer) -> list[dict]:
+    """Return each token's text, its log p by the base and by the adapter, and the likeliest tokens
+    of both with their probabilities. The first token has only a text, as no token predicts it.
+
+    `rows` (2, T, V) are log p of every next token. `ids` (T + 1,) are the passage.
     """
-    sources = {}
-    for tag in ("script", "style"):
-        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        sources[tag] = f"'sha256-{digest}'"
-    return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
+    named = rows.masked_fill(generate.padding(model, tokenizer), -math.inf)
+    highest, likeliest = named.topk(SHOWN)  # (2, T, SHOWN)
+    decoder = generate.StreamDecoder(tokenizer)
+    tokens: list[dict[str, Any]] = [{"text": decoder.add(int(ids[0]))}]
+    for t, token in enumerate(ids[1:].tolist()):
+        of_row = [
+            [
+                (tokenizer.decode([one]), math.exp(log_p))
+                for one, log_p in zip(
+                    likeliest[row, t].tolist(), highest[row, t].tolist(), strict=True
+                )
+            ]
+            for row in (0, 1)
+        ]
+        log_p = rows[:, t, token].tolist()
+        tokens.append({"text": decoder.add(token), "log_p": log_p, "likeliest": of_row})
+    return tokens
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answer one request. Answers to POST are lines of JSON, in the order of computation."""
+def by_size(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    """Return B' (out, k) and A' (k, in) with B' A' = B A, in the order of B A's singular values.
 
-    server: Server
-    timeout = 10  # seconds to wait for a client that neither sends nor reads
-
-    def do_GET(self) -> None:
-        self.answer({"/": self.send_page, "/api/about": self.send_about})
-
-    def do_POST(self) -> None:
-        self.answer({"/api/write": self.send_writing, "/api/score": self.send_scores})
-
-    def answer(self, routes: Mapping[str, Callable[[], None]]) -> None:
-        """Call the function of the path. After a failure, answer with one line."""
-        self.began = False
-        try:
-            self.refuse_foreigners()
-            if self.path not in routes:
-                raise Refusal(404, f"{self.command} {self.path}: there is no such thing here")
-            routes[self.path]()
-        except (ConnectionError, TimeoutError):
-            raise  # the browser has closed the connection, so nobody would read an error
-        except Exception as error:
-            line = describe_failure(error)
-            self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")
-            if line is None:
-                raise  # the server prints the traceback
-
-    def refuse_foreigners(self) -> None:
-        """Raise Refusal for a request by a page of another host. Browsers send this host as Origin.
-
-        With DNS rebinding, a foreign host name resolves to this machine. Browsers then send the
-        foreign name as Host.
-        """
-        port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers omit port 80
-        hosts = [f"{ADDRESS}{port}", f"localhost{port}"]
-        if self.headers.get("Host") not in hosts:
-            raise Refusal(403, f"this server answers on {hosts[0]} and {hosts[1]} only")
-        origin = self.headers.get("Origin")  # only browsers send Origin
-        if origin is not None and origin.removeprefix("http://") not in hosts:
-            raise Refusal(403, "this server answers its own page only")
-
-    def send_page(self) -> None:
-        self.begin(200, "text/html; charset=utf-8")
-        self.wfile.write(self.server.page)
-
-    def send_about(self) -> None:
-        self.send_lines([self.server.explorer.about()])
-
-    def send_writing(self) -> None:
-        request = self.read_request()
-        with self.server.turn(), closing(self.server.explorer.write(request)) as pieces:
-            self.send_lines(chain(pieces, [{"done": True}]))
-
-    def send_scores(self) -> None:
-        request = self.read_request()
-        with self.server.turn():
-            scores = self.server.explorer.score(request)
-        self.send_lines([scores])
-
-    def read_request(self) -> dict[str, Any]:
-        """Return the body, a JSON object. Raises Refusal for any other body."""
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise Refusal(411, "the request has no valid Content-Length")
-        if int(length) > MOST_BYTES:
-            raise Refusal(413, f"the request has {length} bytes; at most {MOST_BYTES:,} are read")
-        try:
-            request = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise Refusal(400, f"the request is not JSON ({error})") from error
-        if not isinstance(request, dict):
-            raise Refusal(400, "the request is not a JSON object")
-        return request
-
-    def send_lines(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Send each answer at once. A failure before the first answer sets the status."""
-        for answer in answers:
-            if not self.began:
-                self.begin(200, "application/x-ndjson")
-            self.wfile.write(json.dumps(answer).encode() + b"\n")
-
-    def send_failure(self, error: Exception, line: str) -> None:
-        if not self.began:
-            status = 200 if isinstance(error, UserError) else 500
-            self.begin(getattr(error, "status", status), "application/x-ndjson")
-        self.wfile.write(json.dumps({"error": line}).encode() + b"\n")
-
-    def begin(self, status: int, kind: str) -> None:
-        self.began = True
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Security-Policy", self.server.policy)
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing, because each move of a knob would print a line."""
+    The first n columns of B' and rows of A' give the nearest matrix of rank n (Eckart & Young 1936,
+    https://doi.org/10.1007/BF02288367). QR keeps the decomposed matrix small, (r, r).
+    """
+    q_b, r_b = torch.linalg.qr(layer.lora_B.weight)
+    q_a, r_a = torch.linalg.qr(layer.lora_A.weight.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ (u * s), vh @ q_a.T
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="lesson.explore", description=__doc__)
-    parser.add_argument("adapter", type=Path, metavar="DIR", help="a finished run, or any adapter")
-    parser.add_argument("--base", **BASE_OPTION)
-    parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
-    parser.add_argument(
-        "--port",
-        type=number(int, 0, 65535),
-        default=8000,
-        metavar="N",
-        help="port of 127.0.0.1. 0: any free port (default: %(default)s)",
-    )
-    add_device_options(parser)
-    return parser.parse_args(argv)
+def perplexities(model: GPT2, ids: Tensor) -> list[dict[str, Any]]:
+    """Return the perplexities of the passage with the update cut to a rank and multiplied by each
+    of STRENGTHS, by rank: the powers of two below r, and r. This changes A and B.
+    """
+    layers = lora_layers(model).values()
+    factors = [by_size(layer) for layer in layers]
+    r = max(layer.config.r for layer in layers)
+    table = []
+    for rank in sorted({r} | {2**i for i in range(r.bit_length()) if 2**i < r}):
+        row = []
+        for strength in STRENGTHS:
+            for layer, (b, a) in zip(layers, factors, strict=True):
+                kept = min(rank, len(a))
+                layer.lora_A.weight[:kept] = a[:kept]
+                layer.lora_B.weight.zero_()
+                layer.lora_B.weight[:, :kept] = strength * b[:, :kept]
+            logits = model(ids[None, :-1])[0]
+            row.append(F.cross_entropy(logits, ids[1:]).exp().item())
+        table.append({"rank": rank, "perplexities": row})
+    return table
+
+
+@torch.no_grad()
+def content(base: str, adapter: Path) -> dict[str, Any]:
+    """Compute everything that the page shows, in fp32 on the CPU.
+
+    Raises UserError if the directory has no adapter of the base, or a DoRA adapter.
+    """
+    name, model, tokenizer = load_with_adapter(base, adapter)
+    layers = lora_layers(model)
+    if any(layer.config.use_dora for layer in layers.values()):
+        raise UserError(f"{adapter}: is DoRA, which has no strength or rank to vary")
+    prompt, passage = first_texts(adapter, tokenizer, min(LENGTH, model.config.n_positions))
+    ids = torch.from_numpy(passage.astype("int64"))
+    texts, rows = [], []
+    for side in (adapter_disabled(model), nullcontext()):
+        with side:
+            texts.append(continuation(model, tokenizer, prompt))
+            rows.append(model(ids[None, :-1])[0].log_softmax(-1))  # (T, V)
+    return {
+        "adapter": str(adapter),
+        "base": name,
+        "layers": len(layers),
+        "prompt": prompt,
+        "texts": texts,
+        "tokens": token_scores(torch.stack(rows), ids, model, tokenizer),
+        "strengths": STRENGTHS,
+        "table": perplexities(model, ids),
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the page. In its JSON, no `<` remains that could end the script or begin a tag."""
+    return PAGE.read_text().replace("{{data}}", json.dumps(found).replace("<", "\\u003c"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    refuse_model(args.adapter)
-    device = Device.pick(args.device, args.precision)
-    tune_process(device)
-    with Server(args.port) as server:
-        server.explorer = Explorer(args.base, args.adapter, device, args.quantise)
-        with suppress(KeyboardInterrupt):  # the usual way to end
-            print(f"open http://{ADDRESS}:{server.port} (Ctrl-C ends)", flush=True)
-            server.serve_forever()
+    parser = Parser(prog="lesson.explore", description=__doc__)
+    parser.add_argument("adapter", type=Path, metavar="DIR", help="a finished run, or any adapter")
+    parser.add_argument("--base", **BASE_OPTION)
+    parser.add_argument("--out", type=Path, default=Path("explore.html"), metavar="FILE")
+    args = parser.parse_args(argv)
+    tune_process(Device.pick("cpu"))
+    args.out.write_text(page(content(args.base, args.adapter)))
+    print(f"written to {args.out.resolve()}: open it in a browser")
 
 
 if __name__ == "__main__":
