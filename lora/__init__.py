@@ -24,6 +24,7 @@ from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.parameters import count_parameters, trained_parameters
+from lora.probe import probe
 from lora.quantised import dequantise, quantise
 from lora.rate import RateSearch, adamw_run, find_rate
 from lora.save import adapter_state_dict, save_adapter
@@ -44,6 +45,7 @@ __all__ = [
     "lora_layers",
     "make_layer",
     "merge",
+    "probe",
     "quantise",
     "save_adapter",
     "trained_parameters",

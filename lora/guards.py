@@ -8,6 +8,8 @@ adapter's file. `lora/probe.py` finds what a model's structure does not show.
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -195,6 +197,19 @@ def refuse_merged(layer: Any, *_: object) -> None:
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")
 
 
+_readable = ContextVar("_readable", default=False)
+
+
+@contextmanager
+def readable_weights() -> Iterator[None]:
+    """Let a model compute with the W of LoRA layers, as `probe` does to find such a layer."""
+    token = _readable.set(True)
+    try:
+        yield
+    finally:
+        _readable.reset(token)
+
+
 class DescriptionOfWeight(Tensor):
     """A part of W for code that reads `weight.dtype` or `weight.device`. Raises ValueError if the
     code computes with it, because the result would lack the update."""
@@ -216,6 +231,8 @@ def describe_weight(layer: nn.Linear) -> Tensor:
 
     A quantised layer stores `no_rows`, because reading its `weight` would decode W.
     """
+    if _readable.get():
+        return layer.weight
     no_rows = getattr(layer, "no_rows", None)
     rows: Tensor = layer.weight[:0] if no_rows is None else no_rows
     return rows.as_subclass(DescriptionOfWeight)

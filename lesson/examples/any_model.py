@@ -26,7 +26,7 @@ from common.files import refuse_existing
 from data.windows import Batch, Dataset, Windows, batches, split
 from lesson.examples.chat import examples, read_conversations, template_ids
 from lesson.examples.smollm2 import NAME, adapt, cast_frozen, load
-from lora import LoRAConfig, RateSearch, adamw_run, find_rate, quantise, save_adapter, unwrap
+from lora import LoRAConfig, RateSearch, adamw_run, find_rate, probe, quantise, save_adapter, unwrap
 from lora.quantised import LAYERS, quantised_weights
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
@@ -143,6 +143,9 @@ def prepare(args: argparse.Namespace, device: Device) -> tuple[Any, Any, Task]:
             model = get_peft_model(model, LoraConfig(**LORA))
     else:
         adapt(model, LoRAConfig(**LORA))
+        inputs, _ = task.training.inputs_and_targets(np.array([0]))
+        for layer, reason in probe(model, input_ids=inputs).items():
+            print(f"{layer}: {reason}")
     cast_frozen(model, device)
     return model, tokenizer, task
 
