@@ -1,7 +1,7 @@
 """Read tensors strictly, and write safetensors files. Equal content gives equal bytes.
 
-This file does not use the writer of the safetensors library, because it writes the metadata in a
-random order.
+This file does not use `safetensors.torch.save_file`, because it needs numpy, which PyTorch does not
+install, and writes the metadata in a random order.
 
 A safetensors file contains the length of the header in 8 bytes, the header in JSON, and the bytes
 of the tensors (https://github.com/huggingface/safetensors).
