@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from adapters.factors import read_factors
 from adapters.load import load_with_adapter
 from adapters.merge import chat_template, load_merged
 from adapters.quantisation import recorded_quantisation
@@ -15,6 +14,7 @@ from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
+from lora import lora_layers
 from storage.gguf_files import refuse_erf_gelu, save_adapter_gguf, save_gguf
 from storage.hub import find_adapter
 
@@ -22,14 +22,12 @@ from storage.hub import find_adapter
 def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
     """Write only the adapter, with all layers padded to the largest rank. Return a description."""
     adapter = find_adapter(str(adapter))
-    factors = read_factors(adapter)
     loaded = load_with_adapter(base, adapter, quantise=NONE)
     refuse_erf_gelu(loaded.model.config, loaded.base)
-    rank = max(change.rank for change in factors.values())
-    padded = {layer: change.pad(rank) for layer, change in factors.items()}
-    n_layer = loaded.model.config.n_layer
+    if any(layer.config.use_dora for layer in lora_layers(loaded.model).values()):
+        raise UserError(f"{adapter}: is DoRA, whose change is not B A alone; merge it instead")
     with atomic_path(out) as temporary:
-        save_adapter_gguf(padded, rank, n_layer, temporary, out.stem, dtype)
+        save_adapter_gguf(loaded.model, temporary, out.stem, dtype)
 
     kind = recorded_quantisation(adapter)
     if kind:

@@ -7,10 +7,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import RunError, UserError
 from data.tokenizer import Tokenizer
+from lora import lora_layers
+from lora.peft_view import peft_view
 from lora.tensors import is_finite
 from model.gpt2 import GPT2, GPT2Config
 
@@ -59,20 +62,15 @@ def save_gguf(
     _write(writer, model.named_parameters(), config.n_layer, dtype)
 
 
-def save_adapter_gguf(
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    rank: int,
-    n_layer: int,
-    path: Path,
-    name: str,
-    dtype: torch.dtype,
-) -> None:
-    """Write an adapter. `factors` maps each layer's name in PEFT to scaling * B (out, rank) and
-    A (rank, in).
+def save_adapter_gguf(model: GPT2, path: Path, name: str, dtype: torch.dtype) -> None:
+    """Write only the adapter of a model: scaling * B (out, rank) and A (rank, in) of each layer.
 
-    llama.cpp adds alpha / rank * B A x, with one alpha for all layers. The file gets alpha = rank,
-    so that alpha / rank is 1, because B already includes the scaling.
+    llama.cpp adds alpha / rank * B A x, with one alpha and one rank for all layers. So zeros pad A
+    and B to the largest rank, and the file gets alpha = rank, because B already includes the
+    scaling.
     """
+    layers = lora_layers(model)
+    rank = max(layer.config.r for layer in layers.values())
     gguf = _library()
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -80,10 +78,12 @@ def save_adapter_gguf(
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     tensors: dict[str, Tensor] = {}
-    for layer, (b, a) in factors.items():
-        tensors[f"{layer}.weight.lora_a"] = a
-        tensors[f"{layer}.weight.lora_b"] = b
-    _write(writer, tensors.items(), n_layer, dtype)
+    for layer_name, layer in layers.items():
+        key = f"{peft_view(model).prefix}{layer_name}.weight"
+        more = rank - layer.config.r
+        tensors[f"{key}.lora_a"] = F.pad(layer.lora_A.weight, (0, 0, 0, more))
+        tensors[f"{key}.lora_b"] = F.pad(layer.scaling * layer.lora_B.weight, (0, more))
+    _write(writer, tensors.items(), model.config.n_layer, dtype)
 
 
 def _write(
