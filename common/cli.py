@@ -13,6 +13,7 @@ from common.errors import UserError
 GONE = {  # options and commands of 1.0, and what replaces them
     "--choices": "use lm-evaluation-harness on a merged model (docs/howto.md)",
     "--loraplus-lr-ratio": "use --lr, one rate for A and B (docs/experiments.md#the-variants)",
+    "python -m adapters.inspect": "use a few lines of numpy (docs/lora-in-depth.md)",
     "python -m benchmarks.estimate": "use train.py --max-steps 20, which shows tokens per second",
     "python -m benchmarks.operations": "use the measured rows in docs/speed.md",
     "python -m training.sweep": "use a shell loop and evaluate.py --compare (docs/howto.md)",
