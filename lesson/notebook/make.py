@@ -7,15 +7,10 @@ text begin with `# `. The notebook stores the cells' output and figures, to be r
 import base64
 import io
 import json
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-from common.cli import Parser
-from common.errors import run_command
-from common.files import atomic_path
 
 SCRIPT = Path(__file__).with_name("lora_from_scratch.py")
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
@@ -27,21 +22,12 @@ Cell = dict[str, Any]
 def cell(part: str) -> Cell:
     """Return a cell from `part`, the text of the script after `# %%`. Code has no outputs yet."""
     head, _, body = part.partition("\n")
-    body = body.strip("\n")
+    lines = body.strip("\n").splitlines(keepends=True)
     if head == " [markdown]":
-        text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
-        return {
-            "cell_type": "markdown",
-            "metadata": {},
-            "source": text.splitlines(keepends=True),
-        }
-    return {
-        "cell_type": "code",
-        "metadata": {},
-        "source": body.splitlines(keepends=True),
-        "execution_count": None,
-        "outputs": [],
-    }
+        text = [line.removeprefix("#").removeprefix(" ") for line in lines]
+        return {"cell_type": "markdown", "metadata": {}, "source": text}
+    code = {"cell_type": "code", "metadata": {}, "source": lines}
+    return code | {"execution_count": None, "outputs": []}
 
 
 def cells(script: str) -> list[Cell]:
@@ -49,7 +35,7 @@ def cells(script: str) -> list[Cell]:
     return [cell(part) for part in script.split("# %%")[1:]]
 
 
-def run(cells: Sequence[Cell]) -> dict[str, Any]:
+def run(cells: list[Cell]) -> dict[str, Any]:
     """Run the code cells in order and store their outputs. Return the names that they define."""
     names: dict[str, Any] = {}
     code_cells = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -60,56 +46,35 @@ def run(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a cell's code. Return the printed text and the figures, as Jupyter shows them.
-
-    `plt.show()` shows a figure, and a cell prints nothing after its figure.
-    """
+    """Run a cell. Return its text, and then each figure that `plt.show()` shows, as in Jupyter."""
     from matplotlib import pyplot as plt  # slow to import
 
     printed = io.StringIO()
-    figures: list[dict[str, Any]] = []
+    outputs: list[dict[str, Any]] = []
 
     def show() -> None:
-        figures.append(figure_output(plt.gcf()))
+        png = io.BytesIO()
+        plt.savefig(png, format="png", dpi=100, bbox_inches="tight")
         plt.close()
+        image = {"image/png": base64.b64encode(png.getvalue()).decode() + "\n"}
+        outputs.append({"output_type": "display_data", "data": image, "metadata": {}})
 
     with redirect_stdout(printed), patch.object(plt, "show", show):
         exec(source, names)
     text = printed.getvalue().splitlines(keepends=True)
-    streams = [{"name": "stdout", "output_type": "stream", "text": text}] if text else []
-    return streams + figures
+    if text:
+        outputs.insert(0, {"name": "stdout", "output_type": "stream", "text": text})
+    return outputs
 
 
-def figure_output(figure: Any) -> dict[str, Any]:
-    """Return a figure as a PNG output of a cell."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100, bbox_inches="tight")
-    return {
-        "output_type": "display_data",
-        "data": {"image/png": base64.b64encode(png.getvalue()).decode() + "\n"},
-        "metadata": {},
-    }
-
-
-def notebook(cells: Sequence[Cell]) -> str:
-    """Return cells as a notebook file, nbformat 4.4."""
-    stored = {
-        "cells": cells,
-        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 4,
-    }
-    return json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    Parser(prog="lesson.notebook.make", description=__doc__).parse_args(argv)
+def main() -> None:
     made = cells(SCRIPT.read_text())
     run(made)
-    with atomic_path(NOTEBOOK) as temporary:
-        temporary.write_text(notebook(made))
+    about = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook = {"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 4}
+    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     print(f"saved {NOTEBOOK}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()
