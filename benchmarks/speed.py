@@ -35,7 +35,6 @@ from benchmarks.speed_worker import Task
 from common.cli import Parser, number, print_table
 from common.device import Device
 from common.errors import RunError, run_command
-from common.figures import BASE, LORA, OTHER, PAGE_WIDTH, can_draw, save_figure, subplots
 from common.files import read_json, write_json
 from storage.hub import find_base
 from training.options import ROOT
@@ -81,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def race(opts: Namespace) -> None:
-    """Run all rounds. After each round, write the result. At the end, print and draw it."""
+    """Run all rounds. After each round, write the result. At the end, print it."""
     base_name, base = find_base(opts.base)
     device = Device.pick(train=True)
     results: dict[str, Any] = {
@@ -103,8 +102,6 @@ def race(opts: Namespace) -> None:
 
     print_table(COLUMNS, table(results["measurements"]))
     print(f"saved in {path}")
-    if can_draw():
-        save_figure(draw(results), path.with_suffix(".png"))
 
 
 def about(command: str) -> dict[str, Any]:
@@ -209,24 +206,6 @@ def spread(values: Sequence[float]) -> str:
     """Format the median and, with several values, the range."""
     middle = f"{statistics.median(values):.2f}"
     return f"{middle} ({min(values):.2f}..{max(values):.2f})" if len(values) > 1 else middle
-
-
-def draw(results: dict[str, Any]) -> Any:
-    """Draw a row for each method and precision, and a dot for the ratio of each round."""
-    found = figures(results["measurements"])
-    figure, axes = subplots(figsize=(PAGE_WIDTH, 1.8 + 0.45 * len(found)))
-    for side, colour in (("theirs", OTHER), ("alike", LORA)):
-        label = RATIOS[side]
-        for name, numbers in found.items():
-            ratios = numbers.get(side, [])
-            axes.plot(ratios, [name] * len(ratios), "o", color=colour, label=label, alpha=0.7)
-            label = ""  # one entry in the legend
-    axes.invert_yaxis()  # the first row on top
-    axes.axvline(1, color=BASE, linestyle="--", linewidth=1)
-    axes.set(xlabel="right of 1: this project is faster")
-    figure.suptitle(f"{results['base']}\n{results['machine']}", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
 
 
 if __name__ == "__main__":

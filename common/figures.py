@@ -1,41 +1,31 @@
 """Draw pictures with matplotlib, an optional dependency.
 
-A colour has the same meaning in every picture, and the colour-blind can tell all colours apart. A
-series that is not a method, such as a rank or a precision, gets a shade of a method's colour or of
-OTHER (lesson/figures.py).
+A colour has the same meaning in every picture, and the colour-blind can tell all colours apart.
 """
 
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.files import NotWritable, atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BASE = "#5f6368"
 LORA = "#c85200"
 FULL = "#0068a8"
-OTHER = "#8e3a80"
 METHODS = {"base": BASE, "lora": LORA, "full": FULL}
 INK = "#2b2d33"  # the colour of text and outlines
 
 # A page shows a picture about 800 pixels wide, at 96 pixels per inch, and shrinks wider pictures.
 PAGE_WIDTH = 8.3  # inches
-SMALLEST_TEXT = 9  # points
 
 STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "figure.titlesize": 12,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "xtick.labelsize": SMALLEST_TEXT,
-    "ytick.labelsize": SMALLEST_TEXT,
-    "legend.fontsize": SMALLEST_TEXT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,8 +48,8 @@ def can_draw() -> bool:
     return installed
 
 
-def new_figure(size: tuple[float, float]) -> "Figure":
-    """Return an empty figure of this width and height in inches, in this project's style."""
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return an empty matplotlib figure of this width and height in inches, in this project's style."""
     # In a notebook, `!python ...` inherits MPLBACKEND, which names the notebook's backend. The
     # command may lack this backend.
     os.environ["MPLBACKEND"] = "agg"
@@ -70,15 +60,7 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     return Figure(size, layout="constrained")
 
 
-def subplots(
-    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any
-) -> "tuple[Figure, Any]":
-    """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
-    figure = new_figure(figsize)
-    return figure, figure.subplots(rows, columns, **settings)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write the figure as PNG and print its path. Warn if the path cannot be written."""
     try:
         with atomic_path(path) as temporary:

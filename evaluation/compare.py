@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import print_table
-from common.figures import METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
+from common.figures import METHODS, PAGE_WIDTH, can_draw, new_figure, save_figure
 from evaluation.scores import perplexity
 from storage.runs import read_run
 
@@ -86,7 +86,8 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     """Draw each entry's perplexity as a bar."""
     if not can_draw():
         return
-    figure, axes = subplots(figsize=(PAGE_WIDTH, 1.2 + 0.5 * len(entries)))
+    figure = new_figure((PAGE_WIDTH, 1.2 + 0.5 * len(entries)))
+    axes = figure.subplots()
     names = [entry.name for entry in entries]
     widths = [entry.numbers["best_val_perplexity"] for entry in entries]
     bars = axes.barh(range(len(names)), widths, color=[METHODS[e.method] for e in entries])

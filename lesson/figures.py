@@ -1,9 +1,25 @@
-"""Drawing functions for the lesson's pictures."""
+"""Drawing functions for the lesson's pictures.
+
+A series that is not a method, such as a rank or a precision, gets a shade of a method's colour
+(common/figures.py) or of OTHER.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
+from common.figures import new_figure
+
+SMALLEST_TEXT = 9  # points
+OTHER = "#8e3a80"
 RANDOM = "#7f9f7b"
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any
+) -> tuple[Any, Any]:
+    """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
+    figure = new_figure(figsize)
+    return figure, figure.subplots(rows, columns, **settings)
 
 
 def name_line(

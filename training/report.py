@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from common.errors import UserError
-from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, scientific, subplots
+from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, new_figure, save_figure, scientific
 from common.files import open_file, write_json
 from evaluation.scores import perplexity
 from lora import count_parameters
@@ -137,7 +137,8 @@ def draw_loss(options: Options, report: Mapping[str, Any], lines: Sequence[dict[
     val_losses = [report["start_val_loss"]] + [line["val_loss"] for line in validations]
 
     colour = METHODS[options.method]
-    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
+    figure = new_figure((PAGE_WIDTH, 4.2))
+    axes = figure.subplots()
     axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
     saved_loss, saved_step = min(zip(val_losses, val_steps, strict=True))

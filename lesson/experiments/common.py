@@ -18,9 +18,10 @@ from benchmarks.ours import Steps
 from benchmarks.parity_report import machine
 from common.cli import Parser, number
 from common.errors import run_command
-from common.figures import PAGE_WIDTH, SMALLEST_TEXT, save_figure, subplots
+from common.figures import PAGE_WIDTH, save_figure
 from common.files import read_json
 from data.windows import Batch
+from lesson.figures import SMALLEST_TEXT, subplots
 from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure

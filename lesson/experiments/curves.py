@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import one_page
-from common.figures import BASE, LORA, PAGE_WIDTH, subplots
+from common.figures import BASE, LORA, PAGE_WIDTH
 from lesson.experiments.common import add_texts, as_command, experiment, spread
+from lesson.figures import subplots
 
 SEEDS = 8  # of the right program
 SETTINGS: dict[str, Any] = {

@@ -8,8 +8,9 @@ the numbers in both pictures.
 from collections.abc import Sequence
 from typing import Any
 
-from common.figures import BASE, INK, LORA, PAGE_WIDTH, save_figure, subplots
+from common.figures import BASE, INK, LORA, PAGE_WIDTH, save_figure
 from lesson.experiments.common import as_command, parse
+from lesson.figures import subplots
 
 # All positions are in inches from the picture's lower left corner.
 # Boxes: left, bottom, width, height, colour, strength of the colour.

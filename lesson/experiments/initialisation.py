@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, scientific
+from common.figures import BASE, INK, LORA, scientific
 from lesson.experiments.common import (
     as_command,
     band,
@@ -26,7 +26,7 @@ from lesson.experiments.common import (
     panels,
     trainer,
 )
-from lesson.figures import draw_at, shades
+from lesson.figures import OTHER, draw_at, shades
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, and the colour

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from common.device import PRECISIONS
-from common.figures import INK, LORA, OTHER, scientific
+from common.figures import INK, LORA, scientific
 from lesson.experiments.common import as_command, experiment, panels, trainer
 from lesson.experiments.sweep import SIZE, train
-from lesson.figures import draw_at, name_line, shades
+from lesson.figures import OTHER, draw_at, name_line, shades
 from lora.inject import lora_layers
 
 # Coarser formats are darker.

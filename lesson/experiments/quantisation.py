@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, new_figure
+from common.figures import BASE, INK, LORA, PAGE_WIDTH, new_figure
 from lesson.experiments.common import (
     Steps,
     add_texts,
@@ -26,7 +26,7 @@ from lesson.experiments.common import (
     trainer,
 )
 from lesson.experiments.sweep import train
-from lesson.figures import draw_at, name_line, shades
+from lesson.figures import OTHER, draw_at, name_line, shades
 from lora import lora_layers, merge, quantise, unwrap
 from lora.quantised import (
     BLOCK,

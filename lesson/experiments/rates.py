@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ours import Steps
-from common.figures import BASE, INK, OTHER, scientific
+from common.figures import BASE, INK, scientific
 from lesson.experiments.common import as_command, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
-from lesson.figures import name_line, shades
+from lesson.figures import OTHER, name_line, shades
 from training.options import Options
 
 # Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 128

@@ -10,7 +10,7 @@ from training.options import ROOT
 
 def test_a_notebooks_backend_is_not_needed():
     """Jupyter and Colab export a backend to `!make train-lora`. .venv does not contain it."""
-    code = "from common.figures import subplots; subplots(figsize=(1, 1))"
+    code = "from common.figures import new_figure; new_figure((1, 1)).subplots()"
     environment = os.environ | {"MPLBACKEND": "not installed"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
 
