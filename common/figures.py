@@ -49,7 +49,7 @@ def can_draw() -> bool:
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """Return an empty matplotlib figure of this width and height in inches, in this project's style."""
+    """Return an empty matplotlib figure of this width and height in inches, in our style."""
     # In a notebook, `!python ...` inherits MPLBACKEND, which names the notebook's backend. The
     # command may lack this backend.
     os.environ["MPLBACKEND"] = "agg"
