@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.parity_report import machine
@@ -31,7 +29,6 @@ from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
 from evaluation.scores import perplexity
-from model.gpt2 import GPT2
 from storage.hub import find_base
 from storage.weights import load_config
 from training.options import ROOT
@@ -54,6 +51,7 @@ PUBLISHED = {
     "full": ("about 124.7 million", "-", "-", "1.1211", "-", "-"),
 }
 COLUMNS = ("", "trainable", "share", "best val loss", "perplexity", "next-token loss", "perplexity")
+FACTS = ("trainable_parameters", "trainable_percent", "steps", "seconds")  # of run.json
 RUN_LENGTH = 16  # tokens of a sequence that is looked up in the training part
 TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences in random order
 
@@ -79,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
     figures = {}
     for method, run in runs.items():
-        figures[method] = score(opts, method, windows, scored) | facts_of(run)
+        figures[method] = score(opts, method, windows, scored)
+        figures[method] |= {key: run.get(key, 0) for key in FACTS}  # 0 for the base
 
     report(opts, figures, count, len(windows))
     write_json(
@@ -116,8 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         description=__doc__,
         epilog="Other options go to train.py.",
     )
-    base: dict[str, Any] = {**BASE_OPTION}
-    parser.add_argument("--base", **base)
+    parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument(
         "--book", type=Path, default=TEXT, help="UTF-8 text file (default: pseudo-Latin)"
     )
@@ -173,7 +171,9 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
-        losses.append(mean_loss(model, *windows.inputs_and_targets(batch), opts.device))
+        inputs, targets = map(opts.device.to_device, windows.inputs_and_targets(batch))  # (B, T)
+        with torch.no_grad(), opts.device.autocast():
+            losses.append(model.token_losses(inputs, targets)[0].mean().item())
     loss = float(np.mean(losses))
 
     next_token = ours.evaluate(model, windows, opts.device, BLOCK)
@@ -183,31 +183,16 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
     }
 
 
-@torch.no_grad()
-def mean_loss(model: GPT2, inputs: Tensor, targets: Tensor, device: Device) -> float:
-    """Return the mean loss of one batch, inputs and targets (B, T), in nats per token."""
-    with device.autocast():
-        losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
-    return losses.mean().item()
-
-
-def facts_of(run: dict) -> dict:
-    """Return the facts for the table and the figures from `run.json`, or 0 for the base."""
-    keys = ("trainable_parameters", "trainable_percent", "steps", "seconds")
-    return {key: run.get(key, 0) for key in keys}
-
-
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
     """Return which share of the validation part's token sequences the training part contains."""
-    known = set(runs_of_tokens(training))
-    runs = runs_of_tokens(validation)
-    seen = sum(run in known for run in runs)
-    return seen / max(1, len(runs))
 
+    def sequences(ids: np.ndarray) -> list[bytes]:
+        starts = range(len(ids) - RUN_LENGTH + 1)
+        return [ids[i : i + RUN_LENGTH].tobytes() for i in starts]
 
-def runs_of_tokens(tokens: np.ndarray) -> list[bytes]:
-    starts = range(len(tokens) - RUN_LENGTH + 1)
-    return [tokens[i : i + RUN_LENGTH].tobytes() for i in starts]
+    known = set(sequences(training))
+    seen = [sequence in known for sequence in sequences(validation)]
+    return sum(seen) / max(1, len(seen))
 
 
 def report(opts: Namespace, figures: dict[str, dict], count: int, windows: int) -> None:
