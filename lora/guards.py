@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -119,9 +120,57 @@ def refuse_unfit(target: str, name: str, model: nn.Module) -> None:
     if module.weight.is_meta and hasattr(module, "_hf_hook"):
         raise ValueError(f"{refused} accelerate has offloaded {name}; adapt the model before that")
 
+    reason = _unfit(model, name, module)
+    if reason:
+        raise ValueError(f"{refused} {reason}")
+
+
+def unfit_layers(model: nn.Module) -> dict[str, str]:
+    """Return the linear layers that cannot be adapted, and why, by name. "all-linear" leaves out
+    these layers."""
+    reasons = {
+        name: _unfit(model, name, module)
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.Linear)
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _unfit(model: nn.Module, name: str, layer: nn.Linear) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, READ_WEIGHTS):
-        raise ValueError(f"{refused} {type(parent).__name__} bypasses the forward of {name}")
+        return f"{type(parent).__name__} bypasses the forward of {name}"
+    if _has_own_forward(layer) and not layer.weight.is_meta:
+        _, y = _small_call(layer)
+        if not isinstance(y, Tensor) or y.shape != (2, layer.out_features):
+            return f"the forward of {name}, a {type(layer).__name__}, does not return (..., out)"
+    return None
+
+
+def _has_own_forward(layer: nn.Linear) -> bool:
+    """Return whether a layer's forward is not the forward of nn.Linear.
+
+    A quantised layer sets the class attribute `computes_linear = True`. The package accelerate
+    replaces the `forward` of a layer object, in order to move x to the layer's device, and sets
+    `_hf_hook`.
+    """
+    kind = type(layer)
+    in_class = kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False)
+    in_object = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    return in_class or in_object
+
+
+@torch.no_grad()
+def _small_call(layer: nn.Linear) -> tuple[Tensor, Any]:
+    """Return an x (2, in), and the output of the layer's forward, or its error."""
+    dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.get_default_dtype()
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=dtype)
+    x = x.view(2, layer.in_features)
+    try:
+        with torch.random.fork_rng():
+            return x, layer.forward(x.clone())  # some layers change x
+    except Exception as error:
+        return x, error
 
 
 def check_adaptable(layer: nn.Linear) -> torch.device:
@@ -161,19 +210,26 @@ def stored_weight(layer: nn.Linear) -> nn.Parameter:
 def check_linear(layer: nn.Linear) -> None:
     """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
 
-    A subclass of `nn.Linear` may override `forward` and still compute W x + b. Such a subclass sets
-    the class attribute `computes_linear = True`. The package accelerate replaces the `forward` of a
-    layer object, in order to move x to the layer's device, and sets `_hf_hook`.
+    A subclass of `nn.Linear` may override `forward` and still compute W x + b. One call on a small
+    input tells.
     """
     refuse_hooks(layer)
-    kind = type(layer)
-    in_class = kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False)
-    in_object = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
-    if in_class or in_object:
+    if _has_own_forward(layer) and not _computes_linear(layer):
         raise ValueError(
-            f"{kind.__name__} overrides forward, which may compute something other than W x + b; "
-            "use plain LoRA, and do not merge"
+            f"{type(layer).__name__} overrides forward, which may compute something other than "
+            "W x + b; use plain LoRA, and do not merge"
         )
+
+
+def _computes_linear(layer: nn.Linear) -> bool:
+    if layer.weight.is_meta or not layer.weight.is_floating_point():
+        return False
+    x, y = _small_call(layer)
+    expected = F.linear(x, layer.weight, layer.bias)
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    error = (y - expected).norm() / expected.norm()
+    return bool(error <= 8 * torch.finfo(x.dtype).eps)
 
 
 def refuse_hooks(layer: nn.Module) -> None:
@@ -260,8 +316,12 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
-def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
-    """Warn if "all-linear" leaves out experts, or if `save_adapter` will refuse the adapter."""
+def warn_about_gaps(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
+    """Warn if "all-linear" leaves out layers or experts, or if `save_adapter` will refuse the
+    adapter."""
+    unfit = unfit_layers(model) if config.target_modules == ALL_LINEAR else {}
+    if unfit:
+        warnings.warn(f"all-linear leaves out layers: {'; '.join(unfit.values())}", stacklevel=3)
     experts = expert_weights(model)
     if experts and config.target_modules == ALL_LINEAR:
         total = sum(weight.numel() for weight in model.parameters())

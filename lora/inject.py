@@ -8,7 +8,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.dora import DoRALinear
-from lora.guards import warn_about_experts
+from lora.guards import warn_about_gaps
 from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 from lora.pissa import PiSSALinear
@@ -24,13 +24,13 @@ def inject(model: Model, config: LoRAConfig) -> Model:
 
     The config is stored as `model.lora_config`. Raises ValueError if a target, rank, pattern or
     variant does not fit the model, or if the model already has an adapter. After an error, the
-    model is unchanged. Warns if "all-linear" leaves out the experts of a mixture of experts, or if
-    `save_adapter` will refuse the adapter.
+    model is unchanged. Warns if "all-linear" leaves out `unfit_layers` or the experts of a mixture
+    of experts, or if `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
     prefix = peft_view(model).prefix
     refuse_unused_patterns(config, (prefix + name for name in layers))
-    warn_about_experts(model, config, layers)
+    warn_about_gaps(model, config, layers)
     install(model, config, layers)
     return model
 

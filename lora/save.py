@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.atomic import replacing
-from lora.config import LoRAConfig
-from lora.guards import expert_weights, inner_model, misread_by_peft
+from lora.config import ALL_LINEAR, LoRAConfig
+from lora.guards import expert_weights, inner_model, misread_by_peft, unfit_layers
 from lora.inject import lora_layers
 from lora.layer import LoRALinear
 from lora.peft_config import CONFIG, peft_config
@@ -119,13 +119,15 @@ def saved_config(model: nn.Module) -> LoRAConfig:
 
     Usually the config is `model.lora_config`. In two cases, the config instead lists each layer's
     PEFT name, rank and alpha. The first case is an adapter that the file stores as plain LoRA:
-    PiSSA, or slices such as `c_attn.q`. The second case is a mixture of experts, where
-    PEFT could apply a short target such as `down_proj` to the experts too.
+    PiSSA, or slices such as `c_attn.q`. The second case is a model where PEFT would adapt more than
+    we do: "all-linear" includes layers whose forward is bypassed, and in a mixture of experts, PEFT
+    could apply a short target such as `down_proj` to the experts too.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     layers = lora_layers(model)
     as_trained = not any(layer.saved_as_plain for layer in layers.values())
-    if as_trained and not expert_weights(model):
+    leaves_out = config.target_modules == ALL_LINEAR and unfit_layers(model)
+    if as_trained and not leaves_out and not expert_weights(model):
         return config
 
     prefix = peft_view(model).prefix

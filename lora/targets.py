@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from lora.config import ALL_LINEAR, LoRAConfig
-from lora.guards import inner_model, refuse_unfit, tied_modules
+from lora.guards import inner_model, refuse_unfit, tied_modules, unfit_layers
 from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 
@@ -38,9 +38,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     `layers_to_transform`, an end of a name matches only in the blocks with these numbers.
     `layers_pattern` names the list of blocks, such as `h`.
 
-    "all-linear" means every linear layer except tied layers, and the head that a model of
-    transformers names (`get_output_embeddings`). In any other model, an untied head is like every
-    other layer.
+    "all-linear" means every linear layer except tied layers, `unfit_layers`, and the head that a
+    model of transformers names (`get_output_embeddings`). In any other model, an untied head is
+    like every other layer.
 
     Raises ValueError if a target or block matches nothing, if a target cannot be adapted, if the
     model has an adapter already, or if it is wrapped for parallel training or torch.compile.
@@ -57,7 +57,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     for target in [targets] if isinstance(targets, str) else targets:
         if targets == ALL_LINEAR:
             slices: set[str] = set()
-            matches = _all_linear(model, modules, tied)
+            unfit = {view.prefix + name for name in unfit_layers(model)}
+            every = _all_linear(model, modules, tied)
+            matches = [name for name in every if name not in unfit] or every
         else:
             layer, slices = _split_slice(target, view.fused)
             matches = [name for name in (*modules, *tied) if _is_named(name, layer, config)]

@@ -1,9 +1,13 @@
 """Layers that differ from `nn.Linear` are never adapted or merged with wrong results."""
 
+from copy import deepcopy
+
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora import (
     LoRAConfig,
@@ -28,6 +32,45 @@ class Twice(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Attends(nn.Module):
+    """An attention that reads the weight of its `out_proj`, a router, and a layer of Falcon."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.router = Router(64, 3)
+        self.dense = FalconLinear(64, 64)
+
+    def forward(self, x):
+        x, _ = self.attention(x, x, x)
+        return self.dense(x.flatten(0, -2)) + self.router(x.flatten(0, -2))[0][:, :1]
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return torch.topk(super().forward(x), 2, dim=1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_all_linear_leaves_out_what_cannot_be_adapted_and_merges_what_computes_wx(fields, tmp_path):
+    torch.manual_seed(0)
+    base = Attends().eval()
+    model = deepcopy(base)
+    with pytest.warns(UserWarning, match=r"of attention\.out_proj; the forward of router, a Rout"):
+        inject(model, LoRAConfig(target_modules="all-linear", **fields))
+    assert list(lora_layers(model)) == ["dense"]
+    randomize(model)
+    adapted = model(X[None])
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    assert relative_difference(theirs(X[None]), adapted) < 1e-5
+    merge(model)
+    assert relative_difference(model(X[None]), adapted) < 1e-5
+    for name, reason in {"out_proj": "bypasses the forward", "router": "does not return"}.items():
+        with pytest.raises(ValueError, match=reason):
+            inject(deepcopy(base), LoRAConfig(target_modules=[name]))
 
 
 def eight_bits(*shape):
