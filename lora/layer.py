@@ -38,11 +38,6 @@ class LoRALinear(nn.Module):
         device = check_adaptable(base_layer)
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features
-        limit = min(self.in_features, self.out_features)
-        if config.r > limit:
-            raise ValueError(
-                f"rank {config.r} is outside 1 .. {limit}; lower r, or leave out the layer"
-            )
         self.base_layer = base_layer
         self.config = config
         self.scaling = config.scaling

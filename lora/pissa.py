@@ -21,8 +21,8 @@ class PiSSALinear(LoRALinear):
 
     A new adapter changes nothing, up to rounding. In evaluation mode, the layer computes
     W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter. `base_layer` is
-    copied, and stays unchanged. Raises ValueError for a rank outside 1 .. min(in, out) / 2, because
-    the saved adapter has rank 2 r.
+    copied, and stays unchanged. Raises ValueError for a rank outside 1 .. min(in, out) / 2: W has
+    min(in, out) singular vectors, and the saved adapter has rank 2 r.
     """
 
     saved_as_plain = True

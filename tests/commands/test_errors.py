@@ -127,7 +127,7 @@ MISTAKES = [
     ("evaluate --adapter other", "a whole model"),
     ("evaluate --base llama", "llama/config.json"),
     ("generate --base cut", f"cut/{MODEL}"),
-    ("lora --r 33", "rank 33 is outside 1 .. 32; lower r, or leave out the layer\n"),
+    ("lora --r 33 --init-lora-weights pissa", "rank 33 is outside 1 .. 16"),
     ("lora --r 0", "argument --r/--rank: '0' is not a whole number from 1 to 1,000,000,000"),
     ("lora --layers 9", "'c_attn' is not in the model in these layers, only in layers 0 .. 1"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),

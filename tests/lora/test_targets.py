@@ -80,7 +80,6 @@ REFUSED = [
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # not after a dot
-    ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
     (
         {"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)},
@@ -94,7 +93,6 @@ REFUSED = [
         "attn.c_attn: init_lora_weights='pissa' and slices in target_modules exclude each other",
     ),
     ({"rank_pattern": {"h.2.attn.c_attn": 17}, "init_lora_weights": "pissa"}, "outside 1 .. 16"),
-    ({"r": 17, "target_modules": ("c_attn.q", "c_attn.v")}, r"rank 34 is outside 1 \.\. 32"),
 ]
 
 
