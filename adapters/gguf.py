@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from adapters.load import load_with_adapter
+from adapters.load import load_with_adapter, recorded_quantisation
 from adapters.merge import chat_template, load_merged
-from adapters.quantisation import recorded_quantisation
 from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
@@ -44,7 +43,7 @@ def export_model(
     """Write the base, with the adapter (if any) merged into it. Return a description."""
     loaded = load_merged(base, adapter, dtype, quantise)
     refuse_erf_gelu(loaded.model.config, loaded.base)
-    template = chat_template(adapter) if adapter else None
+    template = chat_template(adapter)
     with atomic_path(out) as temporary:
         save_gguf(loaded.model, loaded.tokenizer, temporary, out.stem, dtype, template)
     return f"{loaded.base} + {adapter}" if adapter else loaded.base

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from adapters.load import Loaded, load_with_adapter
-from adapters.quantisation import choose_quantisation
-from common.cli import NONE, Parser, add_model_options
+from common.cli import Parser, add_model_options
 from common.device import PRECISIONS
 from common.errors import run_command
 from common.files import new_directory, open_file, refuse_existing
@@ -41,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_existing(args.out)
 
     dtype = PRECISIONS[args.precision]
-    adapters = [find_adapter(str(args.adapter))] if args.adapter else []
-    kind = choose_quantisation(args.quantise, adapters)
-    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, kind or NONE)
-    template = chat_template(args.adapter) if args.adapter else None
+    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, args.quantise)
+    template = chat_template(args.adapter)
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
         save_tokenizer(tokenizer, directory, model.config.n_positions, template)
@@ -67,8 +64,10 @@ def load_merged(
     return loaded
 
 
-def chat_template(adapter: Path) -> str | None:
+def chat_template(adapter: Path | None) -> str | None:
     """Return the chat template that was saved with the adapter, or None."""
+    if not adapter:
+        return None
     path = find_adapter(str(adapter)) / TEMPLATE
     if not path.exists():
         return None

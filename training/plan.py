@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapters.quantisation import choose_quantisation
+from adapters.load import choose_quantisation
 from common.device import Device
 from common.errors import UserError, as_failure
 from common.processes import Processes
@@ -113,14 +113,12 @@ def fill_in(options: Options, base: str, device: Device) -> Options:
     """Return the options with the values that come from the base, the device and
     `--init-adapter`."""
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
-    adapters = []
     if options.init_adapter:
-        adapters.append(options.init_adapter)
         with as_failure():
             stored = load_adapter_config(options.init_adapter)
         filled |= {name: getattr(stored, name) for name in LORA_FIELDS}
     if options.method == "lora":
-        filled["quantise"] = choose_quantisation(options.quantise, adapters)
+        filled["quantise"] = choose_quantisation(options.quantise, options.init_adapter)
     return replace(options, **filled)
 
 
