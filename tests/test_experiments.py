@@ -1,7 +1,7 @@
 """The lesson's formulas against autograd or counts by hand, and their pictures."""
 
 import shutil
-from argparse import Namespace
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -63,8 +63,10 @@ def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
 
 def test_memory_is_counted_exactly_by_hand(monkeypatch):
     """For activations, terms below one part in a hundred are left out."""
+    small = replace(memory.CONFIG, vocab_size=8192, n_embd=256, n_layer=2, n_head=4)
     monkeypatch.setattr(memory, "BATCH", 4)
-    for sides in memory.measure(Namespace(short=True)).values():
+    monkeypatch.setattr(memory, "CONFIG", small)
+    for sides in memory.measure().values():
         for part, counted in sides["predicted"].items():
             tolerance = 0.04 if part == "activations" else 2e-4  # AdamW also stores its steps
             assert counted == pytest.approx(sides["measured"][part], rel=tolerance), part

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.ours import Steps
 from benchmarks.parity_report import machine
-from common.cli import Parser, number
+from common.cli import Parser
 from common.errors import run_command
 from common.figures import PAGE_WIDTH, save_figure
 from common.files import read_json
@@ -28,8 +28,7 @@ Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a f
 
 CAPTION_WIDTH = 128  # letters
 
-# The options that make a version short.
-SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.01}
+SEEDS = range(3)
 
 
 def parse(
@@ -40,14 +39,13 @@ def parse(
 ) -> argparse.Namespace:
     """Parse an experiment's command line, and make its output directory.
 
-    `seeds` is a range: 0, 1, ... A short version uses only the first seed. With a name, `--draw`
-    only draws the pictures from an existing NAME.json. With `files`, the command takes text files.
+    With a name, `--draw` only draws the picture from an existing NAME.json. With `files`, the
+    command takes text files.
     """
     parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = description  # all of it, not only its first line
-    parser.add_argument("--short", action="store_true", help="a small version")
-    parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
-    parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")
+    default = ROOT / "docs" / "figures"
+    parser.add_argument("--out", type=Path, default=default, help="default: docs/figures")
     if name:
         help_ = f"draw again from the saved {name}.json; measure nothing"
         parser.add_argument("--draw", action="store_true", help=help_)
@@ -55,13 +53,6 @@ def parse(
         parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="more texts")
     args = parser.parse_args(argv)
 
-    args.seeds = range(args.seeds)
-    if args.short:
-        args.seeds = range(1)
-
-    if args.out is None:
-        place = "runs" if args.short else "docs"
-        args.out = ROOT / place / "figures"
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after an hour
     except OSError as error:
@@ -75,7 +66,6 @@ def trainer(
     method: str = "lora",
     seed: int = 0,
     precision: str = "fp32",
-    short: bool = False,
     **options: object,
 ) -> Steps:
     """Make the trainer of `train.py` for mini on the default book, on the CPU, without dropout.
@@ -83,14 +73,12 @@ def trainer(
     `options` are options of `train.py` with underscores: `batch_size=8` is `--batch-size 8`.
     """
     choices = {"device": "cpu", "precision": precision, **options}
-    return Steps(asked_options(method, seed, short, choices))
+    return Steps(asked_options(method, seed, choices))
 
 
-def asked_options(method: str, seed: int, short: bool, options: dict[str, object]) -> Options:
+def asked_options(method: str, seed: int, options: dict[str, object]) -> Options:
     """Return the options of the run that `trainer` makes."""
     options = {"seed": seed, **options}
-    if short:
-        options |= SHORT
     if method == "lora":
         options["lora_dropout"] = 0
     return train_options(method, options)
@@ -143,14 +131,14 @@ def five_digits(number: str) -> float:
 
 def experiment(
     name: str,
-    measure: Callable[[argparse.Namespace], dict[Any, Any]],
+    measure: Callable[..., dict[Any, Any]],
     draw: Draw | None,
     description: str | None,
     argv: Sequence[str] | None,
     files: bool = False,
 ) -> dict[Any, Any]:
     """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw. If `draw`
-    is None, there is no picture.
+    is None, there is no picture. With `files`, `measure` gets the files of the command line.
 
     `draw` gets the stored results: text as keys, and numbers with five digits.
     """
@@ -159,7 +147,7 @@ def experiment(
     if draw and args.draw:
         data = read_results(path)
     else:
-        data = measure(args)
+        data = measure(*args.files) if files else measure()
         write_results(path, argv, data)
         print(f"saved {path}")
 

@@ -7,7 +7,6 @@ Measured: the training losses and the validation perplexity that the run shows, 
 of the saved adapter in the right program.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -38,7 +37,6 @@ SETTINGS: dict[str, Any] = {
     "CUDA": False,
     "DEVICE": "cpu",
 }
-SHORT = {"STRIDE": 4096}
 TOY = "[a toy](bugs.md#labels-that-are-shifted-twice)"
 EXERCISE = "[exercise 9](exercises.md#9-a-mean-of-means)"
 BLOCKS = 7  # points of a curve, each a mean of training losses
@@ -187,10 +185,10 @@ def load_in_fp32(path: Path) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
-def trained(bug: Bug | None, seed: int, short: bool) -> dict[str, Any]:
+def trained(bug: Bug | None, seed: int) -> dict[str, Any]:
     """Train with a bug, or without one. Return what the run shows, and what its user gets."""
     with TemporaryDirectory() as out:
-        settings = SETTINGS | {"SEED": seed, "OUT": Path(out)} | (SHORT if short else {})
+        settings = SETTINGS | {"SEED": seed, "OUT": Path(out)}
         run = page_run(bug.switch() if bug else [], settings)
         used = run
         if bug:
@@ -202,9 +200,9 @@ def trained(bug: Bug | None, seed: int, short: bool) -> dict[str, Any]:
     return found
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    right = [trained(None, seed, args.short) for seed in range(2 if args.short else SEEDS)]
-    return {"right": right, "bugs": {bug.name: trained(bug, 0, args.short) for bug in BUGS}}
+def measure() -> dict[str, Any]:
+    right = [trained(None, seed) for seed in range(SEEDS)]
+    return {"right": right, "bugs": {bug.name: trained(bug, 0) for bug in BUGS}}
 
 
 def curve(run: dict[str, Any]) -> list[float]:

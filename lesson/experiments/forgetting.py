@@ -20,25 +20,24 @@ def log_probabilities(model: GPT2, texts: Tensor) -> Tensor:
 
 
 @cache
-def base_texts(short: bool) -> tuple[Tensor, Tensor]:
+def base_texts() -> tuple[Tensor, Tensor]:
     """Let mini write 16 texts of 128 tokens that start with the end-of-text token.
 
     Returns the texts (16, 128), and the base's log p (16, 128, V) on them.
     """
-    made = trainer(short=short)  # the base, as B is zero
-    count, length = (4, 16) if short else (16, 128)
+    made = trainer()  # the base, as B is zero
     end_of_text = made.data.tokenizer.end_of_text
     assert end_of_text is not None  # mini has an end-of-text token
-    texts = torch.full((count, 1), end_of_text)
-    while texts.size(1) < length:
-        last = log_probabilities(made.model, texts)[:, -1]  # (count, V)
-        drawn = torch.multinomial(last.exp(), 1)  # (count, 1)
+    texts = torch.full((16, 1), end_of_text)
+    while texts.size(1) < 128:
+        last = log_probabilities(made.model, texts)[:, -1]  # (16, V)
+        drawn = torch.multinomial(last.exp(), 1)  # (16, 1)
         texts = torch.cat((texts, drawn), dim=1)
     return texts, log_probabilities(made.model, texts)
 
 
-def forgotten(model: GPT2, short: bool) -> float:
+def forgotten(model: GPT2) -> float:
     """Return the mean KL(base || model) per token, in nats. The KL of the base is 0."""
-    texts, base_log_p = base_texts(short)
+    texts, base_log_p = base_texts()
     log_p = log_probabilities(model, texts)
     return kl_divergence(base_log_p, log_p).mean().item()

@@ -7,7 +7,6 @@ Measured: the sizes of all gradients of A and B, and the shares that fp16 would 
 store with fewer bits.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,9 +39,9 @@ ZONES = {
 SEED = 0
 
 
-def gradient_powers(short: bool) -> np.ndarray:
+def gradient_powers() -> np.ndarray:
     """Return log2 of the size of each gradient of A and B."""
-    made = trainer(seed=SEED, short=short)
+    made = trainer(seed=SEED)
     for name, parameter in made.parameters.items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.01)
@@ -51,8 +50,8 @@ def gradient_powers(short: bool) -> np.ndarray:
     return np.log2(np.abs(gradients) + 2.0**-60)  # places a gradient of 0 far to the left
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    powers = gradient_powers(args.short)
+def measure() -> dict[str, Any]:
+    powers = gradient_powers()
     found, counts = np.unique(np.floor(powers), return_counts=True)
     return {
         "gradients": len(powers),

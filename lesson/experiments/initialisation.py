@@ -6,7 +6,6 @@ Measured before each step, with three seeds: the loss minus the base's loss on t
 the norms of the gradients of A and B.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from statistics import mean
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, scientific
 from lesson.experiments.common import (
+    SEEDS,
     as_command,
     band,
     describe_seeds,
@@ -38,6 +38,7 @@ STARTS = {
     "both zero": ("", BASE),
 }
 LR = 2e-3
+STEPS = 12
 TITLES = {
     "loss": "loss minus the base's, nats per token",
     "B": "norm of B's gradient (log above 0.01)",
@@ -85,12 +86,11 @@ def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
     return measured
 
 
-def measure(args: argparse.Namespace) -> dict:
-    steps = 3 if args.short else 12
+def measure() -> dict:
     runs = {}
     for name, (random, _) in STARTS.items():
-        runs[name] = [first_steps(random, seed, steps) for seed in args.seeds]
-    return {"lr": LR, "steps": steps, "seeds": len(args.seeds), "runs": runs}
+        runs[name] = [first_steps(random, seed, STEPS) for seed in SEEDS]
+    return {"lr": LR, "steps": STEPS, "seeds": len(SEEDS), "runs": runs}
 
 
 def draw(data: dict[str, Any]) -> Any:

@@ -6,14 +6,14 @@ Measured: the validation perplexity (learning), and the mean KL(base || model) p
 on 16 texts of 128 tokens that the base wrote (forgetting).
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from common.figures import BASE, FULL, INK, LORA, scientific
 from lesson.experiments.common import (
+    SEEDS,
     Steps,
     as_command,
     band,
@@ -33,14 +33,10 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
 NAMES = {"lora": "LoRA, c_attn, rank 8", "full": "full fine-tuning"}
 
 
-def measure_of(short: bool) -> Callable[[Steps], tuple[float, float]]:
-    """Return a measure: the perplexity on the book, and the KL on texts of the base."""
-
-    def learned_and_forgotten(made: Steps) -> tuple[float, float]:
-        train(made)
-        return perplexity(made), forgotten(made.model, short)
-
-    return learned_and_forgotten
+def learned_and_forgotten(made: Steps) -> tuple[float, float]:
+    """Train. Return the perplexity on the book, and the KL on texts of the base."""
+    train(made)
+    return perplexity(made), forgotten(made.model)
 
 
 def draw(data: dict[str, Any]) -> Any:
@@ -83,17 +79,11 @@ def draw(data: dict[str, Any]) -> Any:
     return figure
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    base = trainer(short=args.short)  # the base, as B is zero
-    learned_and_forgotten = measure_of(args.short)
+def measure() -> dict[str, Any]:
+    base = trainer()  # the base, as B is zero
     data: dict[str, Any] = {"base": base.evaluate().perplexity}
     for method, (_, rates) in METHODS.items():
-        if args.short:
-            rates = rates[::3]
-        data[method] = {
-            lr: finetune(method, args.seeds, args.short, learned_and_forgotten, lr=lr)
-            for lr in rates
-        }
+        data[method] = {lr: finetune(method, SEEDS, learned_and_forgotten, lr=lr) for lr in rates}
     return data
 
 

@@ -8,9 +8,7 @@ Measured: the bytes of the tensors that a step keeps, by purpose, beside the byt
 as in docs/training.md.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +27,6 @@ NAMES = {"full": "full fine-\ntuning", "lora": "LoRA,\nc_attn,\nrank 8"}
 KEPT = {"full": 16, "lora": 11}  # vectors of n_embd per token and layer (docs/training.md)
 PARTS = ("weights", "gradients", "AdamW moments", "activations")
 CONFIG = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
-SHORT = replace(CONFIG, vocab_size=8192, n_embd=256, n_layer=2, n_head=4)
 BATCH = 16
 BLOCK = 128
 
@@ -90,13 +87,12 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    config = SHORT if args.short else CONFIG
+def measure() -> dict[str, Any]:
     data = {}
     for method in KEPT:
         data[method] = {
-            "predicted": predicted(method, config, BATCH * BLOCK),
-            "measured": measured(method, config),
+            "predicted": predicted(method, CONFIG, BATCH * BLOCK),
+            "measured": measured(method, CONFIG),
         }
     return data
 

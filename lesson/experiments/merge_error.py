@@ -7,7 +7,6 @@ Measured: the error of the merged update, relative to the norm of the update, an
 weights that do not change. Also measured: the size of updates in an adapter after 60 steps.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +41,15 @@ def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> 
     return {"error": errors, "unmoved": unmoved}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    made = trainer(short=args.short, lr=8e-3, **SIZE)
+def measure() -> dict[str, Any]:
+    made = trainer(lr=8e-3, **SIZE)
     train(made)
     layers = list(lora_layers(made.model).values())
     base = layers[0].base_layer.weight.double()  # (out, in)
     torch.manual_seed(0)
     ba = torch.randn(base.size(0), 8).double() @ torch.randn(8, base.size(1)).double()
 
-    sizes = (10 ** torch.linspace(-6, 0, 7 if args.short else 25)).tolist()
+    sizes = (10 ** torch.linspace(-6, 0, 25)).tolist()
     data: dict[str, Any] = {"size": sizes}
     for name, dtype in PRECISIONS.items():
         data[name] = losses(base, ba, sizes, dtype)

@@ -9,11 +9,10 @@ it, and with three seeds at the best rate. Also measured: three commands with de
 fp32.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lesson.experiments.common import SHORT, Steps, as_command, experiment, spread, train_options
+from lesson.experiments.common import Steps, as_command, experiment, spread, train_options
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -43,19 +42,12 @@ METHODS: dict[str, tuple[str, float, Callable[[Steps], Any], dict[str, Any]]] = 
     "the four layers' weights alone": ("full", 5e-4, learned_by_the_layers_alone, {}),
     "full: all weights": ("full", 5e-4, learned, {}),
 }
-COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "make train-lora": ("lora", {}),
-    "make train-full": ("full", {}),
-}
+COMMANDS = {"make train-lora": "lora", "make train-full": "full"}
 
 
-def command_run(method: str, options: dict[str, Any], args: argparse.Namespace) -> Runs:
+def command_run(method: str) -> Runs:
     """Return the perplexity of the saved model by the rate."""
-    words = {"device": "cpu", "precision": "fp32", **options}
-    if args.short:
-        words |= SHORT
-    chosen = train_options(method, words)
-    found = stored(chosen, args.short)
+    found = stored(train_options(method, {"device": "cpu", "precision": "fp32"}))
     return {found["lr"]: [found["perplexity"]]}
 
 
@@ -64,24 +56,23 @@ def method_runs(
     guess: float,
     how: Callable[[Steps], Any],
     options: dict[str, Any],
-    args: argparse.Namespace,
 ) -> Runs:
     """Return the perplexities by rate, with every seed at the best rate."""
 
     def run(lr: float, seeds: Sequence[int]) -> list[Any]:
-        return finetune(method, seeds, args.short, how, lr=lr, **SIZE, **options)
+        return finetune(method, seeds, how, lr=lr, **SIZE, **options)
 
-    return scored(search_with_first_seed(run, guess, args.seeds, at_best, args.short), at_best)
+    return scored(search_with_first_seed(run, guess, at_best), at_best)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Runs]:
+def measure() -> dict[str, Runs]:
     """Return the perplexities by command or trained weights, and by rate."""
     data = {}
-    for command, (method, options) in COMMANDS.items():
-        data[command] = command_run(method, options, args)
+    for command, method in COMMANDS.items():
+        data[command] = command_run(method)
         print(f"{command}: {data[command]}", flush=True)
     for trained, (method, guess, how, options) in METHODS.items():
-        runs = method_runs(method, guess, how, options, args)
+        runs = method_runs(method, guess, how, options)
         best = best_rate(runs)
         print(f"{trained}: {spread(runs[best])} at {best:g}", flush=True)
         data[trained] = runs

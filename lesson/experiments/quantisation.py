@@ -7,7 +7,6 @@ Measured: the error of the weights by block size and by layer. Also the validati
 base, of LoRA on each base (three seeds), and of the NF4 adapter after four ways of merging.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, PAGE_WIDTH, new_figure
 from lesson.experiments.common import (
+    SEEDS,
     Steps,
     add_texts,
     as_command,
@@ -100,12 +100,12 @@ def shares(weights: Mapping[str, Tensor], bins: int) -> list[float]:
     return (counts / counts.sum()).tolist()
 
 
-def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
+def losses(kind: str, seed: int) -> dict[str, float]:
     """Return the loss of a base in this format, and the loss after training an adapter on it."""
     options = dict(SETTINGS)
     if kind != "fp32":
         options["quantise"] = kind
-    made = trainer("lora", seed, "fp32", short, **options)
+    made = trainer("lora", seed, **options)
     found = {"base": made.evaluate().loss}
     train(made)
     found["trained"] = made.evaluate().loss
@@ -215,7 +215,7 @@ def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
     axis.set_title("validation loss minus fp32's, same seed")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     weights = linear_weights()
     data: dict[str, Any] = {
         "histogram": shares(weights, 81),
@@ -228,7 +228,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "losses": {},
     }
     for kind in KINDS:
-        data["losses"][kind] = [losses(kind, seed, args.short) for seed in args.seeds]
+        data["losses"][kind] = [losses(kind, seed) for seed in SEEDS]
     for kind, found in data["losses"].items():
         for what in found[0]:
             print(f"{kind}, {what}: {spread([run[what] for run in found], 4)}")

@@ -1,13 +1,12 @@
 """Memory and time of a four-bit base: `python -m lesson.experiments.quantised_memory`
 
 Varied: the format of the frozen base (bf16, int8, NF4), with and without gradient checkpointing.
-Fixed: GPT-2 medium with random weights (`--short`: mini), LoRA of rank 8 on c_attn, 4 windows of
+Fixed: GPT-2 medium with random weights, LoRA of rank 8 on c_attn, 4 windows of
 128 tokens, bf16. Each run is a new process.
 Measured: the peak memory of the whole process in 10^6 bytes, including loading, and the CPU seconds
 of each step after the first. CPU seconds count all threads.
 """
 
-import argparse
 import multiprocessing
 import tempfile
 import time
@@ -24,7 +23,6 @@ from common.cli import print_table
 from common.device import Device, tune_process
 from lesson.experiments.common import as_command, experiment
 from model.gpt2 import GPT2, GPT2Config
-from storage.hub import MINI
 from storage.weights import save_gpt2
 from training.options import parse_options
 
@@ -71,13 +69,11 @@ def train(base: Path, options: Sequence[str]) -> dict[str, Any]:
     return {"seconds": seconds[1:], "peak_mb": trainer.device.peak_memory_mb()}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        base = MINI
-        if not args.short:
-            base = Path(folder)
-            apart(save_random_base, base)
+        base = Path(folder)
+        apart(save_random_base, base)
         for name, options in RUNS.items():
             found[name] = apart(train, base, options)
             print(f"{name}: {found[name]}", flush=True)

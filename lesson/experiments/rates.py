@@ -6,7 +6,6 @@ Measured: the best learning rate, by the least of three validation perplexities,
 the best rate and the two rates beside it.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from statistics import mean
@@ -62,13 +61,10 @@ def rate_of_the_rule(options: Options) -> float:
 
 def vertex(runs: dict[Any, list[float]]) -> float:
     """Return the rate at the minimum of a parabola through the best rate and the two rates beside
-    it. The parabola is log perplexity, averaged over seeds, by log rate. A short version has only
-    the best rate.
+    it. The parabola is log perplexity, averaged over seeds, by log rate.
     """
     best = float(best_rate(runs))
     means = {float(lr): math.log(mean(found)) for lr, found in runs.items()}
-    if len(means) == 1:
-        return best
     low, middle, high = (means[best * factor] for factor in (0.5, 1, 2))
     return best * 2 ** ((low - high) / (2 * (low - 2 * middle + high)))
 
@@ -85,13 +81,13 @@ def fit(data: dict[str, dict[str, Any]]) -> tuple[float, float, float, float]:
     return math.exp(found[0]), found[1], found[2], math.exp(off)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """Return each run's steps, passes, and perplexities by rate."""
     data = {}
     for steps, batch, stride, r, guess in RUNS:
         size: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "stride": stride}
         adapter: dict[str, Any] = {"r": r, "lora_alpha": 16, "target_modules": ALL}
-        found = tune("lora", guess, args.seeds, args.short, score=at_best, **size, **adapter)
+        found = tune("lora", guess, score=at_best, **size, **adapter)
         runs: Runs = scored(found, at_best)
         passes = steps * batch * stride / TOKENS
         data[f"{steps} steps of {batch}, stride {stride}, r = {r}"] = {

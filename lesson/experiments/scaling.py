@@ -6,13 +6,12 @@ Fixed: mini, the default book, 60 steps of 4 windows of 128 tokens.
 Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
 from common.figures import FULL, LORA
-from lesson.experiments.common import as_command, describe_seeds, experiment, panels
+from lesson.experiments.common import SEEDS, as_command, describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 from lesson.figures import draw_at, shades
 
@@ -40,27 +39,24 @@ def curve(
     method: str,
     rates: Sequence[float],
     guess: float,
-    args: argparse.Namespace,
     **options: Any,
 ) -> Runs:
     """Return the perplexities by rate: one seed at all `rates`, and every seed at the best rate and
     the two rates beside it.
     """
-    if args.short:
-        rates = ()
-    runs = {lr: finetune(method, args.seeds[:1], args.short, lr=lr, **options) for lr in rates}
-    runs |= tune(method, guess, args.seeds, args.short, **options)
+    runs = {lr: finetune(method, SEEDS[:1], lr=lr, **options) for lr in rates}
+    runs |= tune(method, guess, **options)
     return scored(dict(sorted(runs.items())))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """Return perplexities by rule, rank and rate, and by rate for full fine-tuning."""
     data: dict[str, Any] = {rule: {} for rule in RULES}
     for rule, options in RULES.items():
         for r, guess in zip(RANKS, GUESSES[rule], strict=True):
             chosen = FIXED if r == 8 else options(r)
-            data[rule][r] = curve("lora", RATES, guess, args, r=r, target_modules=ALL, **chosen)
-    data["full"] = curve("full", FULL_RATES, FULL_GUESS, args)
+            data[rule][r] = curve("lora", RATES, guess, r=r, target_modules=ALL, **chosen)
+    data["full"] = curve("full", FULL_RATES, FULL_GUESS)
     return data
 
 

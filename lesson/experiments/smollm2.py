@@ -11,7 +11,6 @@ after a multiplication of the whole change by 0.7 and by 0.5.
 is not repeated.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -90,10 +89,10 @@ def log_probabilities(model: nn.Module, texts: Tensor) -> Tensor:
 
 
 @cache
-def base_texts(count: int, length: int) -> tuple[Tensor, Tensor]:
-    """Let the base write texts (count, length). Return them, and the base's log p on them."""
+def base_texts() -> tuple[Tensor, Tensor]:
+    """Let the base write texts (16, 128). Return them, and the base's log p on them."""
     model, tokenizer = base()
-    start = torch.full((count, 1), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    start = torch.full((16, 1), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     torch.manual_seed(0)
     texts = model.generate(
         start,
@@ -102,8 +101,8 @@ def base_texts(count: int, length: int) -> tuple[Tensor, Tensor]:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=length - 1,
-        min_new_tokens=length - 1,
+        max_new_tokens=127,
+        min_new_tokens=127,
     )
     return texts, log_probabilities(model, texts)
 
@@ -125,12 +124,12 @@ def base_on_task(task: str) -> Tensor:
     return on_task(base()[0], task)[0]
 
 
-def scores(model: nn.Module, task: str, short: bool) -> dict[str, float]:
+def scores(model: nn.Module, task: str) -> dict[str, float]:
     """Return the perplexity, and the mean KL(base || model) per token in nats, on the texts of the
     base and on the validation part.
     """
     model.eval()
-    texts, base_log_p = base_texts(*(2, 4) if short else (16, 128))
+    texts, base_log_p = base_texts()
     log_p, tokens = on_task(model, task)
     loss = -log_p.gather(-1, tokens.unsqueeze(-1)).mean().item()
     return {
@@ -170,7 +169,6 @@ def scale_change(model: nn.Module, scale: float) -> None:
 def finetune(
     lr: float,
     seed: int,
-    short: bool,
     task: str = "instructions",
     scales: Sequence[float] = (),
     method: str = "lora",
@@ -182,25 +180,23 @@ def finetune(
     if method == "lora":
         inject(model, LoRAConfig(**adapter))
     training, _ = load_task(task)
-    train(model, training, lr, seed, BATCH if short else EXAMPLES)
-    found = [scores(model, task, short)]
+    train(model, training, lr, seed, EXAMPLES)
+    found = [scores(model, task)]
     previous = 1.0
     for scale in scales:
         scale_change(model, scale / previous)
-        found.append(scores(model, task, short))
+        found.append(scores(model, task))
         previous = scale
     return found
 
 
-def run(
-    options: dict[str, Any], short: bool, lr: float, seeds: Sequence[int]
-) -> list[list[dict[str, float]]]:
+def run(options: dict[str, Any], lr: float, seeds: Sequence[int]) -> list[list[dict[str, float]]]:
     """Return the result with each seed. A stored result is returned at once."""
     measured = []
     for seed in seeds:
-        decides = {"measure": "smollm2", "lr": lr, "seed": seed, "short": short}
+        decides = {"measure": "smollm2", "lr": lr, "seed": seed}
         key = json.dumps(decides | options | settings())
-        train_once = partial(finetune, lr, seed, short, **options)
+        train_once = partial(finetune, lr, seed, **options)
         measured.append(sweep.remembered(key, train_once))
     return measured
 
@@ -209,15 +205,13 @@ def at_full_change(result: list[dict[str, float]]) -> float:
     return result[0]["perplexity"]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """Return the results by choice and rate, and the base's scores."""
     data: dict[str, Any] = {}
     for task in ("instructions", "book"):
-        data[f"base, {task}"] = scores(base()[0], task, args.short)
-    choices = list(CHOICES.items())
-    for label, (guess, options) in choices[:2] if args.short else choices:
-        choice = partial(run, options, args.short)
-        found = search_with_first_seed(choice, guess, args.seeds, at_full_change, args.short)
+        data[f"base, {task}"] = scores(base()[0], task)
+    for label, (guess, options) in CHOICES.items():
+        found = search_with_first_seed(partial(run, options), guess, at_full_change)
         best = best_rate(found, at_full_change)
         print(
             f"{label}: {spread([at_full_change(r) for r in found[best]])} at {best:g}", flush=True

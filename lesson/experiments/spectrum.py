@@ -8,7 +8,6 @@ Measured: the singular values of the change of each matrix, and the validation p
 change of full fine-tuning cut to rank k.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from common.figures import BASE, FULL, LORA
 from lesson.experiments.common import (
+    SEEDS,
     Steps,
     as_command,
     band,
@@ -45,13 +45,13 @@ SHARES = {
 }
 
 
-def tuned(method: str, seed: int, short: bool) -> tuple[Steps, dict[str, Tensor]]:
+def tuned(method: str, seed: int) -> tuple[Steps, dict[str, Tensor]]:
     """Train LoRA on c_attn at lr 8e-3, or all weights ("full") at 1e-3.
 
     Returns the trainer, and the change of each changed block matrix by name.
     """
     lr = {"LoRA": 8e-3, "full": 1e-3}[method]
-    made = trainer(method.lower(), seed, short=short, lr=lr, **SIZE)
+    made = trainer(method.lower(), seed, lr=lr, **SIZE)
     base = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     train(made)
     layers = lora_layers(made.model)
@@ -147,9 +147,9 @@ def rank_ticks(*axes: Any) -> None:
         draw_at(axis.xaxis, RANKS[1:-1])
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    full = [tuned("full", seed, args.short) for seed in args.seeds]
-    lora = [tuned("LoRA", seed, args.short) for seed in args.seeds]
+def measure() -> dict[str, Any]:
+    full = [tuned("full", seed) for seed in SEEDS]
+    lora = [tuned("LoRA", seed) for seed in SEEDS]
     random = [randomised(changes) for _, changes in full]
     svds = {
         "full": [decomposed(changes) for _, changes in full],

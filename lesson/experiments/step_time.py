@@ -10,7 +10,6 @@ Measured: the time of each part of a step, by torch's profiler, relative to the 
 same pair, beside the operations counted by hand.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -46,6 +45,7 @@ NAMES = {
 MATMULS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 
 R = 8
+REPEATS = 12
 BLOCK = 128
 BATCH = 15  # 1,920 tokens differ from every layer's width, so shapes are not ambiguous
 
@@ -176,13 +176,12 @@ def draw_pairs(axis: Any, full: Shares, lora: Shares) -> None:
     axis.grid(visible=False, axis="y")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Shares]:
+def measure() -> dict[str, Shares]:
     device = Device.pick("cpu", train=True)
     tune_process(device)
-    repeats = 1 if args.short else 12
     data = by_hand()
     for precision in dict.fromkeys(("fp32", device.precision)):  # only once if they are equal
-        data |= measured(precision, repeats)
+        data |= measured(precision, REPEATS)
     return data
 
 

@@ -3,7 +3,6 @@
 `finetune` keeps results in runs/experiments, and does not repeat a run with a known result.
 """
 
-import argparse
 import json
 import math
 import time
@@ -17,6 +16,7 @@ from common.errors import RunError
 from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import (
+    SEEDS,
     Steps,
     asked_options,
     describe_seeds,
@@ -89,7 +89,7 @@ def read_files(text: Path) -> list[str]:
     return [*base_hashes(directory).values(), file_sha256(text)]
 
 
-def cell(options: Options, measure: Callable[[Steps], Any], short: bool) -> str:
+def cell(options: Options, measure: Callable[[Steps], Any]) -> str:
     """Return the key of a run's result: the measure, every active option, the hashes of the files,
     and the machine, which affects the last digits.
     """
@@ -100,7 +100,6 @@ def cell(options: Options, measure: Callable[[Steps], Any], short: bool) -> str:
             chosen[name] = value
     decides = {
         "measure": measure.__name__,
-        "short": short,
         "options": {"method": options.method, **chosen},
         "files": read_files(options.data or options.book[0]),
         **settings(),
@@ -125,7 +124,6 @@ def known_cells() -> dict[str, Any]:
 def finetune(
     method: str,
     seeds: Sequence[int] = (0,),
-    short: bool = False,
     measure: Callable[[Steps], Any] = learned,
     **options: Any,
 ) -> list[Any]:
@@ -136,8 +134,8 @@ def finetune(
     options = {"precision": "fp32"} | SIZE | options
 
     def run(seed: int) -> Any:
-        key = cell(asked_options(method, seed, short, options), measure, short)
-        return remembered(key, lambda: measure(trainer(method, seed, short=short, **options)))
+        key = cell(asked_options(method, seed, options), measure)
+        return remembered(key, lambda: measure(trainer(method, seed, **options)))
 
     return [run(seed) for seed in seeds]
 
@@ -184,26 +182,23 @@ def saved(made: Steps) -> dict[str, float]:
     return {"base": base, "lr": lr, "perplexity": min(found), "seconds": seconds}
 
 
-def stored(options: Options, short: bool) -> dict[str, float]:
+def stored(options: Options) -> dict[str, float]:
     """Return the result of a run with these options. A stored result is returned at once."""
-    return remembered(cell(options, saved, short), lambda: saved(Steps(options)))
+    return remembered(cell(options, saved), lambda: saved(Steps(options)))
 
 
 def tune(
     method: str,
     guess: float,
-    seeds: Sequence[int],
-    short: bool = False,
-    measure: Callable[[Steps], Any] = learned,
     score: Callable[[Any], float] = at_the_end,
     **options: Any,
 ) -> Runs:
-    """Search the best rate of a run on mini, from a guess. A short version only runs the guess."""
+    """Search the best rate of a run on mini, from a guess."""
 
-    def run(lr: float, some: Sequence[int]) -> list[Any]:
-        return finetune(method, some, short, measure, lr=lr, **options)
+    def run(lr: float, seeds: Sequence[int]) -> list[Any]:
+        return finetune(method, seeds, lr=lr, **options)
 
-    return search(run, guess, seeds, score, short)
+    return search(run, guess, SEEDS, score)
 
 
 def search(
@@ -211,7 +206,6 @@ def search(
     guess: float,
     seeds: Sequence[int],
     score: Callable[[Any], float],
-    short: bool = False,
 ) -> Runs:
     """Search the best rate in factors of two from a guess. Return results by rate.
 
@@ -219,9 +213,6 @@ def search(
     rates on both sides of the best rate are worse. Then these three rates run with every seed. The
     search moves on if another rate has the least mean.
     """
-    if short:
-        return {guess: run(guess, seeds)}
-
     runs: Runs = {}
     best = guess
     for some in (seeds[:1], seeds):
@@ -237,14 +228,12 @@ def search(
 def search_with_first_seed(
     run: Callable[[float, Sequence[int]], list[Any]],
     guess: float,
-    seeds: Sequence[int],
     score: Callable[[Any], float],
-    short: bool = False,
 ) -> Runs:
     """Search the best rate with the first seed, and run every seed at the best rate alone."""
-    runs = search(run, guess, seeds[:1], score, short)
+    runs = search(run, guess, SEEDS[:1], score)
     best = best_rate(runs, score)
-    runs[best] = run(best, seeds)
+    runs[best] = run(best, SEEDS)
     return runs
 
 
@@ -273,10 +262,10 @@ def compare(
     Returns the perplexities by choice and rate, and saves them with a picture.
     """
 
-    def measure(args: argparse.Namespace) -> dict[str, Runs]:
+    def measure() -> dict[str, Runs]:
         data = {}
         for label, (guess, options) in choices.items():
-            runs = scored(tune("lora", guess, args.seeds, args.short, **options))
+            runs = scored(tune("lora", guess, **options))
             best = best_rate(runs)
             print(f"{label}: {spread(runs[best])} at {best:g}")
             data[label] = runs

@@ -66,9 +66,8 @@ TEXTS: dict[str, Path | Callable[[], str]] = {
 class Text:
     """A text, and the results of runs on it. A stored result is returned at once."""
 
-    def __init__(self, path: Path, short: bool):
+    def __init__(self, path: Path):
         self.path = path
-        self.short = short
 
     def options(self, epochs: int, recipe: str, lr: float | None = None, seed: int = 42) -> Any:
         source = "data" if self.path.suffix == ".jsonl" else "book"
@@ -76,16 +75,14 @@ class Text:
         words["seed"] = seed
         if lr:
             words["lr"] = lr
-        if self.short:
-            words["max_steps"] = 4
         return train_options("lora", words | {"device": "cpu", "precision": "fp32"})
 
     def run(self, epochs: int, recipe: str = BEST) -> Any:
-        return stored(self.options(epochs, recipe), self.short)
+        return stored(self.options(epochs, recipe))
 
     def perplexity(self, epochs: int, lr: float | None, seed: int = 42) -> float:
         """Return the perplexity of `best`, at this rate, or else at the rate that it finds."""
-        return stored(self.options(epochs, BEST, lr, seed), self.short)["perplexity"]
+        return stored(self.options(epochs, BEST, lr, seed))["perplexity"]
 
     def ladder(self, epochs: int, middle: float) -> dict[float, float]:
         """Return perplexities by rate. The best rate has a neighbour on each side."""
@@ -94,7 +91,7 @@ class Text:
         while missing:
             found[missing[0]] = self.perplexity(epochs, missing[0])
             best = min(found, key=found.__getitem__)
-            missing = [] if self.short else [x for x in (best / 2, best * 2) if x not in found]
+            missing = [x for x in (best / 2, best * 2) if x not in found]
         return dict(sorted(found.items()))
 
     def results(self, epochs: int) -> dict[str, Any]:
@@ -114,17 +111,17 @@ class Text:
         return found
 
 
-def all_results(path: Path, short: bool) -> dict[str, Any]:
+def all_results(path: Path) -> dict[str, Any]:
     """Return a text's size and hash, and its results by epochs."""
     size = path.stat().st_size
-    text = Text(path, short)
-    lengths = (1,) if short else [epochs for epochs in LARGEST if size <= LARGEST[epochs]]
+    text = Text(path)
+    lengths = [epochs for epochs in LARGEST if size <= LARGEST[epochs]]
     found = {str(epochs): text.results(epochs) for epochs in lengths}
     print(f"{path.stem}: {found}", flush=True)
     return {"bytes": size, "sha256": file_sha256(path), **found}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(*files: Path) -> dict[str, Any]:
     """Return the results by text. The first are texts of this project and of Python."""
     data: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
@@ -133,9 +130,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 path = Path(folder) / f"{name}.txt"
                 path.write_text(text())
                 text = path
-            data[name] = all_results(text, args.short)
-        for path in args.files:
-            data[path.stem] = all_results(path, args.short)
+            data[name] = all_results(text)
+        for path in files:
+            data[path.stem] = all_results(path)
     return data
 
 
