@@ -19,7 +19,7 @@ from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
 from tests.runs import run, stock_model, story, validation_loss
 
 BLOCK, STRIDE, BATCH, EPOCHS, STEPS = 16, 12, 4, 2, 40
-LR, CLIP = 0.7, 0.5  # at this rate the first epoch is the best. Many gradients are clipped
+LR, CLIP = 1.0, 0.5  # with c_attn alone, the first epoch is the best. Many gradients are clipped
 SETTINGS = {"BLOCK": BLOCK, "STRIDE": STRIDE, "BATCH": BATCH, "EPOCHS": EPOCHS}
 SETTINGS |= {"PEAK_LR": LR, "CLIP": CLIP, "CUDA": False, "DEVICE": "cpu"}
 SCALER, MULTINOMIAL = torch.amp.GradScaler, torch.multinomial
@@ -152,6 +152,9 @@ def test_the_page_equals_the_program(page, tmp_path, monkeypatch):
     assert_equal_tensors(load_file(page.out / WEIGHTS), load_file(tmp_path / WEIGHTS))
     saved_b = [x for name, x in load_file(page.out / WEIGHTS).items() if "lora_B" in name]
     assert any(x.any() for x in saved_b) == page.text.useful
+    saved = load_file(page.out / WEIGHTS)
+    if page.targets == ("c_attn",):  # it keeps the best, not the last
+        assert not all(torch.equal(saved[name], x) for name, x in page.last.items())
     fields, others = (json.loads((x / CONFIG).read_text()) for x in (page.out, tmp_path))
     expected = {name: others[name] for name in fields}
     assert fields == expected | {"base_model_name_or_path": str(page.text.base)}
