@@ -7,8 +7,8 @@
 | the loss and the scores | logits in chunks | whole logits would take the most memory |
 
 The functions compute the same, but on a CPU, dropouts draw other random numbers. On other devices
-and under torch.compile, dropout and attention are PyTorch's. tests/model/test_fast.py compares each
-function with the function that it replaces.
+and under torch.compile, PyTorch computes dropout and attention. tests/model/test_fast.py compares
+each function with the function that it replaces.
 """
 
 from torch import Tensor, nn
