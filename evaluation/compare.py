@@ -37,6 +37,7 @@ def compare(paths: Sequence[Path]) -> None:
     """Print a table of finished runs and their bases. Draw compare.png in the directory that
     contains the first run's directory.
     """
+    # runs/* also names compare.png.
     directories = [path for path in paths if not path.is_file()] or paths
     groups: dict[str, list[Entry]] = {}
     for directory in directories:

@@ -179,7 +179,8 @@ print([round(value, 4) for value in values[:10].tolist()])
 plt.figure(figsize=(6.4, 3))
 plt.plot(range(1, 21), values[:20].cpu(), "o-", color=LORA)
 plt.title("Singular values of the update of the first c_attn")
-plt.xlabel("k")
+plt.xlabel("number of the singular value")
+plt.xticks(range(1, 21))
 plt.show()
 
 # %% [markdown]
